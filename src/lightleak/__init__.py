@@ -1,0 +1,33 @@
+"""lightleak: was a vision-language model trained on your images and texts?
+
+The Python functions mirror the commands and return the same verdict.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Verdict", "__version__", "audit", "judge", "report"]
+
+if TYPE_CHECKING:
+    from lightleak.audits.judge import judge
+    from lightleak.audits.membership import audit
+    from lightleak.report import report
+    from lightleak.validity import Verdict
+
+_ROOMS = {
+    "audit": "lightleak.audits.membership",
+    "judge": "lightleak.audits.judge",
+    "report": "lightleak.report",
+    "Verdict": "lightleak.validity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds; `lightleak --help` must not.
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'lightleak' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_ROOMS[name]), name)

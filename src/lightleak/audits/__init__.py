@@ -1,0 +1,1 @@
+"""Audits: thin compositions of the rooms, to be read top to bottom."""

@@ -1,0 +1,99 @@
+"""The membership audit, from records and a model to a verdict."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightleak import signals
+from lightleak.audits.gather import claim, gather, load_target, read_sides
+from lightleak.audits.judge import judge
+from lightleak.audits.settings import AuditSettings
+from lightleak.runs import Progress, Run, Silent, write_json
+from lightleak.validity import Verdict
+
+
+def audit(
+    *,
+    target: str | Path,
+    suspect: str | Path,
+    control: str | Path,
+    out: str | Path,
+    options: Mapping[str, Mapping[str, Any]] | Iterable[str] = (),
+    progress: Progress | None = None,
+    command: str | None = None,
+    **settings: Any,
+) -> Verdict:
+    """Was the target trained on the suspects?
+
+    Stops and resumes: the same call on the same folder goes on where it was.
+
+    Args:
+        target: a model folder or hub id.
+        suspect: records that may have been trained on; see the file contract in the docs.
+        control: records of the same kind that were not.
+        out: the run folder.
+        options: of signals, {"mink": {"k": 0.1}} or ["mink.k=0.1"].
+        progress: shows how far it is.
+        command: what the manifest says was run.
+        settings: any other attribute of `AuditSettings`.
+
+    Returns:
+        The verdict, which is also in the run folder.
+
+    Raises:
+        UserError: input that cannot be used, with what to do about it.
+    """
+    if not isinstance(options, Mapping):
+        options = signals.parse_options(options)
+    for name in ("adapter", "base", "calibration_members", "calibration_nonmembers"):
+        if settings.get(name) is not None:
+            settings[name] = str(settings[name])
+    chosen = AuditSettings.read(
+        target=str(target), suspect=str(suspect), control=str(control), options=options, **settings
+    )
+    progress = progress or Silent()
+    run = Run.create(out)
+    sides = read_sides(chosen, progress)
+    with progress.stage("Loading the model", 1) as advance:
+        model = load_target(chosen)
+        advance(1)
+    claim(run, chosen, model, sides)
+    manifest = {
+        "command": command or "lightleak.audit(…)",
+        "settings": chosen.model_dump(mode="json"),
+        "pre_registered_primary_signal": chosen.primary,
+        "target": {"name": model.name, "dtype": str(model.dtype), "device": str(model.device)},
+        "hashes": {**model.hashes, **{f"{k} records": v for k, v in sides.hashes.items()}},
+        "versions": _versions(),
+        "host": {"system": platform.platform(), "processor": platform.machine()},
+        "started": _now(),
+        "finished": None,
+    }
+    write_json(run.manifest_file, manifest)
+    gather(run, chosen, model, sides, progress)
+    verdict = judge(run, progress)
+    write_json(run.manifest_file, {**manifest, "finished": _now()})
+    return verdict
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lightleak", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn")
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for name in packages:
+        try:
+            found.setdefault(name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            found.setdefault(name, "not installed as a package")
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,158 @@
+"""`lightleak audit`: was the target trained on the suspects?"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lightleak.cli.config import Config
+from lightleak.cli.console import Bars, errors, show
+from lightleak.errors import UserError
+
+
+class Protocol(StrEnum):
+    """How fitted signals are calibrated."""
+
+    CROSSFIT = "crossfit"
+    SPLIT = "split"
+
+
+class Design(StrEnum):
+    """How suspects and controls came apart."""
+
+    RANDOMISED = "randomised"
+    HELD_OUT = "held-out"
+    OBSERVATIONAL = "observational"
+
+
+def audit(
+    target: Annotated[str, typer.Option(help="Model folder, adapter folder or hub id.")],
+    suspect: Annotated[Path, typer.Option(help="Records that may have been trained on.")],
+    control: Annotated[Path, typer.Option(help="Records of the same kind that were not.")],
+    out: Annotated[Path, typer.Option(help="Run folder; the same command goes on in it.")],
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on the target.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter given as target.")] = None,
+    signals: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
+    primary: Annotated[
+        str, typer.Option(help="The pre-registered signal behind the verdict.")
+    ] = "loss",
+    protocol: Annotated[
+        Protocol, typer.Option(help="How fitted signals are calibrated.")
+    ] = Protocol.CROSSFIT,
+    calibration_members: Annotated[
+        Path | None, typer.Option(help="Known members, for --protocol split.")
+    ] = None,
+    calibration_nonmembers: Annotated[
+        Path | None, typer.Option(help="Known non-members, for --protocol split.")
+    ] = None,
+    design: Annotated[
+        Design, typer.Option(help="How suspects and controls came apart; it is checked.")
+    ] = Design.OBSERVATIONAL,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Option of a signal: SIGNAL.OPTION=VALUE; repeatable."),
+    ] = None,
+    cutoff: Annotated[
+        list[str] | None,
+        typer.Option("--cutoff", help="Cut-off of the verdict: NAME=VALUE; repeatable."),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Level of the test that counts.")] = 0.01,
+    folds: Annotated[int, typer.Option(help="Parts that fitted signals cross.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of folds, resampling and permutations.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")
+    ] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="auto, or how many records go through at once.")
+    ] = "auto",
+    show_images: Annotated[
+        bool, typer.Option("--show-images", help="Show records' images in the report.")
+    ] = False,
+    drop_duplicates: Annotated[
+        bool,
+        typer.Option("--drop-duplicates", help="Leave out records that stand on both sides."),
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")
+    ] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Let images lie outside the records' folder."),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint carries.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Was the target trained on the suspects?
+
+    Example: lightleak audit --target ./model --suspect mine.jsonl --control others.jsonl --out run
+    """
+    del config
+    from lightleak.audits import membership
+    from lightleak.report import report
+    from lightleak.signals import parse_options
+
+    verdict = membership.audit(
+        target=target,
+        adapter=adapter,
+        base=base,
+        suspect=suspect,
+        control=control,
+        out=out,
+        signals=() if signals == "all" else tuple(s.strip() for s in signals.split(",")),
+        primary=primary,
+        protocol=protocol.value,
+        calibration_members=calibration_members,
+        calibration_nonmembers=calibration_nonmembers,
+        design=design.value,
+        options=parse_options(set_ or ()),
+        cutoffs={"alpha": alpha, **_cutoffs(cutoff or ())},
+        folds=folds,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=None if batch_size == "auto" else _whole(batch_size),
+        strict=strict,
+        drop_duplicates=drop_duplicates,
+        allow_outside=allow_outside,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        progress=Bars(),
+        command=" ".join(sys.argv),
+    )
+    page = report(out, show_images=show_images)
+    show(verdict, page)
+    if verdict.coverage.failed:
+        errors.print(
+            f"{verdict.coverage.failed} record(s) failed; see the report or failures.parquet.",
+            highlight=False,
+        )
+
+
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError("expected auto or a whole number", f"--batch-size {value}") from error
+
+
+def _cutoffs(assignments: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        try:
+            values[name.strip()] = float(value)
+        except ValueError as error:
+            raise UserError("expected NAME=NUMBER", f"--cutoff {assignment}") from error
+        if not equals:
+            raise UserError("expected NAME=NUMBER", f"--cutoff {assignment}")
+    return values

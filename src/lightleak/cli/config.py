@@ -1,0 +1,47 @@
+"""`--config FILE.toml`: the same names as on the command line, which wins."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lightleak.errors import UserError
+
+
+def _load(context: typer.Context, file: Path | None) -> Path | None:
+    if file is None:
+        return None
+    try:
+        given = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no configuration can be read from it ({error})", str(file)) from error
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    values = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, [k for k in known if k], n=1)
+            raise UserError(
+                f"{key!r} is no option of this command",
+                str(file),
+                f"Did you mean {close[0].replace('_', '-')}?" if close else "",
+            )
+        values[name] = value
+    context.default_map = {**(context.default_map or {}), **values}
+    return file
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="Read options from a TOML file; the command line wins.",
+        callback=_load,
+        is_eager=True,
+        metavar="FILE.toml",
+    ),
+]

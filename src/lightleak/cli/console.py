@@ -1,0 +1,101 @@
+"""What the user sees while something runs, and how a verdict looks in a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from lightleak.runs.progress import Advance
+
+if TYPE_CHECKING:
+    from lightleak.validity import Verdict
+
+output = Console()
+errors = Console(stderr=True)
+_STYLES = {"exposed": "bold red", "no_evidence": "bold green", "inconclusive": "bold yellow"}
+
+
+class _Rate(ProgressColumn):
+    """Records a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if not speed or (task.total or 0) < 10 else f"{speed:,.0f}/s")
+
+
+class Bars:
+    """One bar a stage in a terminal; one plain line a stage elsewhere."""
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Advance]:
+        """Show a stage while it runs."""
+        if not errors.is_terminal:
+            started = time.monotonic()
+            yield lambda _: None
+            took = time.monotonic() - started
+            errors.print(f"{name}: done in {took:.0f} s", highlight=False)
+            return
+        columns = (
+            TextColumn("{task.description:<42}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=errors) as bars:
+            task = bars.add_task(name, total=total)
+            yield lambda done: bars.advance(task, done)
+            bars.update(task, completed=total)
+
+
+def show(verdict: Verdict, report: Path, title: str = "") -> None:
+    """Print a verdict, its reasons and where the report is."""
+    head = Text(verdict.verdict.replace("_", " ").upper(), style=_STYLES[verdict.verdict])
+    head.append(f"   evidence: {verdict.tier.replace('_', '-')}", style="dim")
+    body = Text.assemble(head, "\n\n", verdict.sentence, "\n")
+    for reason in verdict.reasons:
+        body.append(f"\n• {reason}")
+    output.print(Panel(body, title=title or None, title_align="left", width=min(100, output.width)))
+    output.print(_signals(verdict))
+    counts = verdict.coverage
+    output.print(
+        f"Records: {counts.attempted:,} given, {counts.scored:,} scored, {counts.failed:,} failed.",
+        highlight=False,
+    )
+    output.print(f"Report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _signals(verdict: Verdict) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("signal", "AUC", "95 % interval", "TPR at 1 % FPR", "p (Holm)"):
+        table.add_column(column)
+    for name, each in sorted(verdict.signals.items(), key=lambda item: -(item[1].auc or 0)):
+        rate = each.tpr_at_fpr.get("0.01")
+        low, high = each.auc_ci95 or (float("nan"), float("nan"))
+        table.add_row(
+            f"{name} ◂ primary" if name == verdict.primary.signal else name,
+            "—" if each.auc is None else f"{each.auc:.3f}",
+            "—" if each.auc is None else f"{low:.3f} to {high:.3f}",
+            "—" if rate is None else f"{rate.tpr:.3f} [{rate.ci95[0]:.3f}, {rate.ci95[1]:.3f}]",
+            "—" if each.p_value_holm is None else f"{each.p_value_holm:.2g}",
+        )
+    return table

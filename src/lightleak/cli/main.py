@@ -1,0 +1,65 @@
+"""The program `lightleak`: its commands and how it ends.
+
+Exit codes: 0 finished · 1 internal error · 2 bad input or usage · 130 interrupted (run the same
+command again to go on).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from lightleak import __version__
+from lightleak.cli import audit, demo, doctor, lab, report, signals
+from lightleak.cli.console import errors
+from lightleak.errors import UserError
+
+app = typer.Typer(
+    name="lightleak",
+    help="Was a vision-language model trained on your images and texts? How sure may you be?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("audit")(audit.audit)
+app.command("report")(report.report)
+app.command("signals")(signals.signals)
+app.command("doctor")(doctor.doctor)
+app.add_typer(lab.app, name="lab")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lightleak {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_version, is_eager=True
+    ),
+) -> None:
+    del version
+
+
+def run() -> None:
+    """Run the command line; a user's mistake is one line, ours a traceback."""
+    # One thread a process: spinning threads on a busy machine are ten times slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"lightleak: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("lightleak: interrupted; the same command goes on where it stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,25 @@
+"""`lightleak report`: judge stored evidence again and rebuild the page, without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lightleak.cli.console import Bars, show
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder of an audit.")],
+    show_images: Annotated[
+        bool, typer.Option("--show-images", help="Show records' images in the report.")
+    ] = False,
+) -> None:
+    """Judge a run again from its stored evidence and rebuild its report; needs no model."""
+    from lightleak.audits.judge import judge
+    from lightleak.report import report as build
+    from lightleak.runs import Run
+
+    verdict = judge(Run.open(run), Bars())
+    show(verdict, build(run, show_images=show_images))

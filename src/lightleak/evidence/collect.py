@@ -1,0 +1,233 @@
+"""One pass over some records: encode, batch, step, and keep every reading."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightleak.errors import UserError
+from lightleak.evidence.gradients import GradientEngine
+from lightleak.evidence.gradients.engine import UnevenRows
+from lightleak.evidence.gradients.kernels import MaskedReference
+from lightleak.evidence.table import schema
+from lightleak.evidence.tokens import answer_statistics
+from lightleak.records import Failure, Record, open_rgb
+from lightleak.targets import Batch, EncodedRecord, GenerativeTarget
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """How many records go through the model at once.
+
+    Attributes:
+        records: at most so many.
+        tokens: and at most so many tokens, padding included.
+    """
+
+    records: int = 32
+    tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Evidence rows in the order of the records, and the records that gave none."""
+
+    table: pa.Table
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Records ready for the model, and those that could not be made ready."""
+
+    records: tuple[EncodedRecord, ...]
+    failures: tuple[Failure, ...]
+
+
+def encode(target: GenerativeTarget, records: Iterable[Record]) -> Encoded:
+    """Open each image and tokenise each record; a record that fails is listed."""
+    ready: list[EncodedRecord] = []
+    failures: list[Failure] = []
+    for record in records:
+        try:
+            ready.append(target.encode(record, open_rgb(record.image)))
+        except UserError as error:
+            failures.append(Failure(record.id, "encode", str(error)))
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            # Processors refuse in many ways (an image one pixel high, say): the run goes on.
+            failures.append(Failure(record.id, "encode", _one_line(error)))
+    return Encoded(tuple(ready), tuple(failures))
+
+
+def plan(records: Sequence[EncodedRecord], size: BatchSize) -> list[list[EncodedRecord]]:
+    """Group records of equal shape and similar length.
+
+    The first batch of each shape is one record alone, which teaches the engine how many rows a
+    record of this shape takes in each layer.
+    """
+    by_shape: dict[object, list[EncodedRecord]] = {}
+    for record in records:
+        by_shape.setdefault(record.shape_key, []).append(record)
+    batches: list[list[EncodedRecord]] = []
+    for alike in by_shape.values():
+        batches.append(alike[:1])
+        current: list[EncodedRecord] = []
+        for record in sorted(alike[1:], key=lambda each: each.n_tokens):
+            full = len(current) == size.records
+            if current and (full or record.n_tokens * (len(current) + 1) > size.tokens):
+                batches.append(current)
+                current = []
+            current.append(record)
+        if current:
+            batches.append(current)
+    return batches
+
+
+def measure(
+    target: GenerativeTarget,
+    engine: GradientEngine | None,
+    records: Sequence[Record],
+    *,
+    references: Mapping[str, Tensor] | None = None,
+    in_reference: Mapping[str, Sequence[bool]] | None = None,
+    keep_slices: bool = True,
+    size: BatchSize | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Evidence of some records.
+
+    Args:
+        target: the model.
+        engine: reads gradients; None when no signal needs them.
+        records: what to measure.
+        references: name → (k, out, in) reference gradients.
+        in_reference: record id → whether its gradient is part of each of the k references.
+        keep_slices: store the slices, not only the norms.
+        size: batch limits.
+        progress: told how many records are done.
+    """
+    encoded = encode(target, records)
+    texts = {record.id: record.text for record in records}
+    rows: dict[str, dict[str, object]] = {}
+
+    def one(batch: Batch) -> None:
+        if engine is None:
+            with torch.no_grad():
+                log_probabilities = target.answer_log_probabilities(batch)
+            readings = None
+        else:
+            readings = engine.read(batch, references or {})
+            log_probabilities = readings.log_probabilities
+        for i, (record_id, each, tokens) in enumerate(
+            zip(batch.ids, log_probabilities, target.answer_tokens(batch), strict=True)
+        ):
+            statistics = answer_statistics(each, tokens)
+            rows[record_id] = {
+                "id": record_id,
+                "zlib_bytes": len(zlib.compress(texts[record_id].encode())),
+                "logprob": statistics.logprob,
+                "mean": statistics.mean,
+                "variance": statistics.variance,
+                "matrix_norms": [],
+                "slice_norms2": [],
+                "slice_dots": [],
+                "in_reference": list((in_reference or {}).get(record_id, ())),
+            }
+            if readings is not None:
+                rows[record_id]["matrix_norms"] = readings.matrix_norms[i].cpu().numpy()
+                if keep_slices:
+                    rows[record_id]["slice_norms2"] = readings.norms2[i].cpu().numpy()
+                    rows[record_id]["slice_dots"] = readings.dots[i].flatten().cpu().numpy()
+
+    failures = [
+        *encoded.failures,
+        *run(target, plan(encoded.records, size or BatchSize()), one, progress),
+    ]
+    for record in encoded.records:
+        if record.id in rows:
+            rows[record.id]["n_tokens"] = record.n_tokens
+            rows[record.id]["boundary_ambiguous"] = record.boundary_ambiguous
+    double = target.dtype == torch.float64
+    ordered = [rows[record.id] for record in records if record.id in rows]
+    return Measured(pa.Table.from_pylist(ordered, schema=schema(double=double)), tuple(failures))
+
+
+def sum_gradients(
+    target: GenerativeTarget,
+    engine: GradientEngine,
+    records: Sequence[Record],
+    *,
+    size: BatchSize | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Sum of the records' gradients by matrix (out, in), and the ids that are in it."""
+    sums: dict[str, Tensor] = {}
+    added: list[str] = []
+
+    def one(batch: Batch) -> None:
+        engine.add_gradients(batch, sums)
+        added.extend(batch.ids)
+
+    run(target, plan(encode(target, records).records, size or BatchSize()), one, progress)
+    return sums, tuple(added)
+
+
+def score(
+    target: GenerativeTarget,
+    engine: GradientEngine,
+    records: Sequence[Record],
+    kept: Mapping[str, MaskedReference],
+    *,
+    size: BatchSize | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, float], tuple[Failure, ...]]:
+    """Mean cosine of each record's kept slices, where storing all slices would be too much."""
+    scores: dict[str, float] = {}
+
+    def one(batch: Batch) -> None:
+        scores.update(zip(batch.ids, engine.score(batch, kept).tolist(), strict=True))
+
+    encoded = encode(target, records)
+    failures = run(target, plan(encoded.records, size or BatchSize()), one, progress)
+    return scores, (*encoded.failures, *failures)
+
+
+def run(
+    target: GenerativeTarget,
+    batches: Sequence[Sequence[EncodedRecord]],
+    one: Callable[[Batch], None],
+    progress: Progress | None = None,
+) -> list[Failure]:
+    """Take each batch through `one`; what fails together is tried apart, alone is listed.
+
+    Running out of memory halves the batch; so does any other error, until the record that
+    causes it stands alone.
+    """
+    failures: list[Failure] = []
+    waiting = [list(batch) for batch in reversed(batches)]
+    while waiting:
+        records = waiting.pop()
+        try:
+            one(target.collate(records))
+        except (RuntimeError, UnevenRows, FloatingPointError, ValueError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            if len(records) > 1:
+                half = 1 if isinstance(error, UnevenRows) else (len(records) + 1) // 2
+                waiting += [records[i : i + half] for i in range(0, len(records), half)][::-1]
+                continue
+            failures.append(Failure(records[0].id, "model", _one_line(error)))
+        if progress is not None:
+            progress(len(records))
+    return failures
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

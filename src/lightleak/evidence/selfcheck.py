@@ -1,0 +1,139 @@
+"""Before anything is spent: does the model see what it should, and nothing else?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import ImageChops
+from torch import Tensor
+
+from lightleak.errors import UserError
+from lightleak.evidence.collect import BatchSize, plan
+from lightleak.evidence.gradients import GradientEngine
+from lightleak.evidence.gradients.engine import UnevenRows
+from lightleak.records import Record, open_rgb
+from lightleak.targets import Batch, EncodedRecord, GenerativeTarget
+
+# Largest difference between a record alone and in a batch, relative to 1 + |value|.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_HALF_TOLERANCE = 5e-2
+
+
+def self_check(
+    target: GenerativeTarget,
+    engine: GradientEngine | None,
+    records: Sequence[Record],
+    size: BatchSize,
+) -> set[str]:
+    """Check a target on a few records.
+
+    Args:
+        target: the model.
+        engine: its gradient engine, when gradients will be read.
+        records: some records that can be encoded; the first eight are used.
+        size: the batches that will be used.
+
+    Returns:
+        Selected matrices that no gradient reaches (the last vision block of a LLaVA that takes
+        its features one block earlier, say).
+
+    Raises:
+        UserError: the image does not reach the model, the adapter changes nothing, or a record's
+            reading depends on its batch.
+    """
+    encoded: list[EncodedRecord] = []
+    for record in records:
+        try:
+            encoded.append(target.encode(record, open_rgb(record.image)))
+        except Exception:
+            continue  # The run itself will list it, with its reason.
+        if len(encoded) == 1:
+            _check_image(target, record, encoded[0])
+        if len(encoded) == 8:
+            break
+    if not encoded:
+        return set()
+    if target.has_adapter:
+        _check_adapter(target, encoded[0])
+    _check_batches(target, engine, encoded, size)
+    if engine is None:
+        return set()
+    return engine.unreached([target.collate([record]) for record in encoded])
+
+
+def _check_image(target: GenerativeTarget, record: Record, encoded: EncodedRecord) -> None:
+    other = target.encode(record, ImageChops.invert(open_rgb(record.image)))
+    seen, changed = (_answer(target, target.collate([each])) for each in (encoded, other))
+    if torch.equal(seen[0], changed[0]):
+        raise UserError(
+            "the image does not reach the model: inverting it changes no probability",
+            target.name,
+            "Check that the chat template holds the model's image placeholder.",
+        )
+
+
+def _check_adapter(target: GenerativeTarget, encoded: EncodedRecord) -> None:
+    batch = target.collate([encoded])
+    on = _answer(target, batch)[0]
+    with target.model.disable_adapter():
+        off = _answer(target, batch)[0]
+    if torch.equal(on, off):
+        raise UserError(
+            "the adapter changes nothing: with and without it the probabilities are equal",
+            target.name,
+            "Is it trained, and made for this base?",
+        )
+
+
+def _check_batches(
+    target: GenerativeTarget,
+    engine: GradientEngine | None,
+    encoded: Sequence[EncodedRecord],
+    size: BatchSize,
+) -> None:
+    tolerance = _TOLERANCE.get(target.dtype, _HALF_TOLERANCE)
+    alone = {
+        record.id: _readings(target, engine, target.collate([record]))[0] for record in encoded
+    }
+    for records in plan(encoded, size):
+        if len(records) == 1:
+            continue
+        try:
+            together = _readings(target, engine, target.collate(records))
+        except UnevenRows:
+            continue  # The run will take such records one at a time.
+        for record, reading in zip(records, together, strict=True):
+            expected = alone[record.id]
+            worst = float(((reading - expected).abs() / (1 + expected.abs())).max())
+            if not worst <= tolerance:
+                raise UserError(
+                    f"record {record.id} reads differently alone and in a batch (by {worst:.1e})",
+                    target.name,
+                    "Run with --batch-size 1.",
+                )
+
+
+def _readings(
+    target: GenerativeTarget, engine: GradientEngine | None, batch: Batch
+) -> list[Tensor]:
+    """What is compared, one vector a record: the answer's log-likelihoods and log norms."""
+    norms: list[Tensor]
+    if engine is None:
+        log_probabilities = _answer(target, batch)
+        norms = [each.new_zeros(0) for each in log_probabilities]
+    else:
+        readings = engine.read(batch, {})
+        log_probabilities = readings.log_probabilities
+        norms = list(readings.matrix_norms.clamp_min(1e-12).log())
+    return [
+        torch.cat([each.gather(1, tokens[:, None])[:, 0], norm])
+        for each, tokens, norm in zip(
+            log_probabilities, target.answer_tokens(batch), norms, strict=True
+        )
+    ]
+
+
+def _answer(target: GenerativeTarget, batch: Batch) -> list[Tensor]:
+    with torch.no_grad():
+        return target.answer_log_probabilities(batch)

@@ -1,0 +1,97 @@
+"""Evidence on disk: one row a record in Parquet, and back into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from lightleak.evidence.readings import (
+    GradientNorms,
+    GradientSlices,
+    Ragged,
+    SliceAxis,
+    SliceBlock,
+    TokenStatistics,
+)
+
+SLICE_COLUMNS = ("slice_norms2", "slice_dots")
+TABLES = Callable[[], Iterator[pa.Table]]
+
+
+def schema(*, double: bool) -> pa.Schema:
+    """Columns of an evidence part; gradient columns are empty lists when none were read."""
+    numbers = pa.list_(pa.float64() if double else pa.float32())
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("n_tokens", pa.int32()),
+            ("boundary_ambiguous", pa.bool_()),
+            ("zlib_bytes", pa.int64()),
+            ("logprob", numbers),
+            ("mean", numbers),
+            ("variance", numbers),
+            ("matrix_norms", numbers),
+            ("slice_norms2", numbers),
+            ("slice_dots", numbers),
+            ("in_reference", pa.list_(pa.bool_())),
+        ]
+    )
+
+
+def token_statistics(table: pa.Table) -> TokenStatistics:
+    """The token statistics of an evidence table."""
+    return TokenStatistics(
+        _ragged(table, "logprob"),
+        _ragged(table, "mean"),
+        _ragged(table, "variance"),
+        table["zlib_bytes"].to_numpy(),
+    )
+
+
+def gradient_norms(table: pa.Table, matrices: Sequence[str]) -> GradientNorms:
+    """The gradient norms of an evidence table."""
+    return GradientNorms(tuple(matrices), _matrix(table, "matrix_norms"))
+
+
+def gradient_slices(
+    tables: TABLES,
+    n_records: int,
+    axes: Sequence[SliceAxis],
+    reference_norms2: np.ndarray,
+    reference_sizes: np.ndarray,
+    *,
+    lora: bool,
+) -> GradientSlices:
+    """The gradient slices of an evidence table that is read part by part."""
+
+    def blocks() -> Iterator[SliceBlock]:
+        first = 0
+        for table in tables():
+            norms2 = _matrix(table, "slice_norms2")
+            n, s = norms2.shape
+            yield SliceBlock(
+                np.arange(first, first + n),
+                norms2,
+                _matrix(table, "slice_dots").reshape(n, -1, s),
+                _matrix(table, "in_reference").astype(bool),
+            )
+            first += n
+
+    return GradientSlices(n_records, tuple(axes), reference_norms2, reference_sizes, blocks, lora)
+
+
+def _ragged(table: pa.Table, column: str) -> Ragged:
+    array = table[column].combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    offsets = array.offsets.to_numpy()
+    values = array.values.to_numpy(zero_copy_only=False)
+    return Ragged(values[offsets[0] : offsets[-1]], (offsets - offsets[0]).astype(np.int64))
+
+
+def _matrix(table: pa.Table, column: str) -> np.ndarray:
+    """A list column whose lists are equally long, as (n, length)."""
+    ragged = _ragged(table, column)
+    return ragged.values.reshape(table.num_rows, -1)

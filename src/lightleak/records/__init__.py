@@ -1,0 +1,20 @@
+"""Records: one image with its text, read from files, checked, and split."""
+
+from lightleak.records.check import readable
+from lightleak.records.folds import assign_folds
+from lightleak.records.images import image_bytes, open_rgb
+from lightleak.records.load import load
+from lightleak.records.record import DEFAULT_PROMPT, Failure, Record, RecordSet, content_sha256
+
+__all__ = [
+    "DEFAULT_PROMPT",
+    "Failure",
+    "Record",
+    "RecordSet",
+    "assign_folds",
+    "content_sha256",
+    "image_bytes",
+    "load",
+    "open_rgb",
+    "readable",
+]

@@ -1,0 +1,23 @@
+"""Runs: one audit on disk, resumable at any moment and judged again without the model."""
+
+from lightleak.runs.folder import (
+    EvidenceStore,
+    Run,
+    read_json,
+    replacing,
+    write_json,
+    write_table,
+)
+from lightleak.runs.progress import Advance, Progress, Silent
+
+__all__ = [
+    "Advance",
+    "EvidenceStore",
+    "Progress",
+    "Run",
+    "Silent",
+    "read_json",
+    "replacing",
+    "write_json",
+    "write_table",
+]

@@ -1,0 +1,213 @@
+"""The run folder: what lies where, written so that a kill at any moment loses one part at most."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightleak.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one run and the files in it."""
+
+    folder: Path
+
+    @staticmethod
+    def create(folder: str | Path) -> Run:
+        """Make the folder, or take up the one that is there.
+
+        Raises:
+            UserError: it cannot be written, or holds something that is no run.
+        """
+        run = Run(Path(folder))
+        try:
+            run.evidence.mkdir(parents=True, exist_ok=True)
+            strangers = [p.name for p in run.folder.iterdir() if p.name not in _FILES]
+        except OSError as error:
+            raise UserError(
+                f"the run folder cannot be written ({error.strerror})", str(folder)
+            ) from error
+        if strangers:
+            raise UserError(
+                f"it holds {strangers[0]!r}, which is no part of a run",
+                str(folder),
+                "Give --out a folder of its own.",
+            )
+        return run
+
+    @staticmethod
+    def open(folder: str | Path) -> Run:
+        """The finished or unfinished run in `folder`.
+
+        Raises:
+            UserError: there is none.
+        """
+        run = Run(Path(folder))
+        if not run.manifest_file.is_file():
+            raise UserError("no run here: manifest.json is missing", str(folder))
+        return run
+
+    @property
+    def evidence(self) -> Path:
+        """Where the expensive half lies."""
+        return self.folder / "evidence"
+
+    @property
+    def manifest_file(self) -> Path:
+        """What was run, on what, with what."""
+        return self.folder / "manifest.json"
+
+    @property
+    def scores_file(self) -> Path:
+        """One row a record and signal."""
+        return self.folder / "scores.parquet"
+
+    @property
+    def failures_file(self) -> Path:
+        """One row a record that failed, or that a signal could not score."""
+        return self.folder / "failures.parquet"
+
+    @property
+    def claims_file(self) -> Path:
+        """One row a suspect: what may be said of it alone by the primary signal."""
+        return self.folder / "claims.parquet"
+
+    @property
+    def verdict_file(self) -> Path:
+        """The finding."""
+        return self.folder / "verdict.json"
+
+    @property
+    def report_file(self) -> Path:
+        """The finding as a page."""
+        return self.folder / "report.html"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as written."""
+        return read_json(self.manifest_file)
+
+
+_FILES = {
+    "manifest.json",
+    "evidence",
+    "scores.parquet",
+    "failures.parquet",
+    "claims.parquet",
+    "verdict.json",
+    "report.html",
+}
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides the evidence, written as canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class EvidenceStore:
+    """Parts of evidence under one fingerprint; evidence made otherwise is refused, never mixed."""
+
+    folder: Path
+
+    @staticmethod
+    def claim(folder: Path, decides: Mapping[str, Any]) -> EvidenceStore:
+        """Open the store for evidence that `decides` describes.
+
+        Raises:
+            UserError: what is stored was made from something else; the difference is named.
+        """
+        file = folder / "fingerprint.json"
+        if file.is_file():
+            stored = read_json(file)["decides"]
+            changed = [key for key in {**stored, **decides} if stored.get(key) != decides.get(key)]
+            if json.loads(json.dumps(decides)) != stored:
+                raise UserError(
+                    f"its evidence was made with another {', '.join(sorted(changed))}",
+                    str(folder.parent),
+                    "Give --out another folder, or delete this one.",
+                )
+        else:
+            write_json(file, {"sha256": fingerprint(decides), "decides": decides})
+        return EvidenceStore(folder)
+
+    def part(self, stage: str, index: int, make: Callable[[], pa.Table]) -> pa.Table:
+        """The part `index` of a stage: read if it is there and whole, else made and written."""
+        file = self._file(stage, index)
+        if file.is_file():
+            try:
+                return pq.read_table(file)
+            except (pa.ArrowInvalid, OSError):
+                # A torn file can only come from outside: parts are moved into place whole.
+                file.unlink()
+        table = make()
+        write_table(file, table)
+        return table
+
+    def has(self, stage: str, index: int) -> bool:
+        """Whether the part is there."""
+        return self._file(stage, index).is_file()
+
+    def parts(self, stage: str) -> Iterator[pa.Table]:
+        """The parts of a stage in order, one at a time."""
+        for file in sorted(self.folder.glob(f"{stage}-*.parquet")):
+            yield pq.read_table(file)
+
+    def _file(self, stage: str, index: int) -> Path:
+        return self.folder / f"{stage}-{index:05d}.parquet"
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """Write beside `file`, flush to disk, then take its place at once."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"it cannot be written ({error.strerror or error})",
+            str(file),
+            "Nothing before it is lost; make room and run the same command again.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    """Write a Parquet file at once."""
+    with replacing(file) as stream:
+        pq.write_table(table, stream, compression="zstd")
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file at once; a number that is not finite is refused."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    with replacing(file) as stream:
+        stream.write(text.encode() + b"\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"it cannot be read ({error})", str(file)) from error
+    return content

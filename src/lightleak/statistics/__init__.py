@@ -1,0 +1,56 @@
+"""Statistics: pure functions from scores to estimates, tests and claims; no torch."""
+
+from lightleak.statistics.conformal import (
+    Discoveries,
+    benjamini_hochberg,
+    conformal_p_values,
+    conformal_p_values_within_folds,
+    smallest_resolvable,
+)
+from lightleak.statistics.intervals import Estimate, clopper_pearson
+from lightleak.statistics.multiplicity import holm
+from lightleak.statistics.permutation import combine_splits, mann_whitney, permutation_test
+from lightleak.statistics.power import minimum_detectable_auc, minimum_set_size
+from lightleak.statistics.residual import ResidualTest, residual_test
+from lightleak.statistics.roc import (
+    RocCurve,
+    RocPoint,
+    Unresolvable,
+    auc,
+    auc_across_folds,
+    auc_bootstrap,
+    auc_delong,
+    fpr_upper_bound,
+    roc_curve,
+    tpr_at_fpr,
+    tpr_at_fpr_across_folds,
+)
+
+__all__ = [
+    "Discoveries",
+    "Estimate",
+    "ResidualTest",
+    "RocCurve",
+    "RocPoint",
+    "Unresolvable",
+    "auc",
+    "auc_across_folds",
+    "auc_bootstrap",
+    "auc_delong",
+    "benjamini_hochberg",
+    "clopper_pearson",
+    "combine_splits",
+    "conformal_p_values",
+    "conformal_p_values_within_folds",
+    "fpr_upper_bound",
+    "holm",
+    "mann_whitney",
+    "minimum_detectable_auc",
+    "minimum_set_size",
+    "permutation_test",
+    "residual_test",
+    "roc_curve",
+    "smallest_resolvable",
+    "tpr_at_fpr",
+    "tpr_at_fpr_across_folds",
+]

@@ -1,0 +1,257 @@
+"""Load a target: weights, processor and optional adapter, from a folder or a hub id.
+
+Safetensors only and no remote code unless asked. A hub id is first brought to a local folder, so
+that both ways share every later step, the hashes included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lightleak.errors import UserError
+from lightleak.targets.generative import GenerativeTarget
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load(
+    target: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> GenerativeTarget:
+    """Load a vision-language model with its processor.
+
+    Args:
+        target: a local folder or a hub id of an image-text-to-text model; or the folder of a PEFT
+            adapter, whose base is then `base` or the one its own configuration names.
+        adapter: a PEFT adapter to put on the target.
+        base: the model that an adapter given as `target` sits on.
+        dtype: "auto" keeps what the checkpoint was saved in on an accelerator and uses float32
+            on a CPU (float64 stays); or float32, float64, bfloat16, float16.
+        device: "auto" takes CUDA, then MPS, then the CPU; or any torch device name.
+        trust_remote_code: run Python code that the checkpoint carries.
+        allow_pickle: accept weights that are not safetensors; loading a pickle can run code.
+
+    Raises:
+        UserError: nothing there, no safetensors, an unknown architecture, a missing processor,
+            an adapter that does not fit.
+    """
+    folder = _resolve(target)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise UserError(
+                "the target is an adapter already", str(target), "Give one adapter, not two."
+            )
+        adapter, folder = folder, _resolve(base or _named_base(folder))
+    adapter_folder = None if adapter is None else _resolve(adapter)
+    for each in filter(None, (folder, adapter_folder)):
+        _refuse_pickle(each, allow_pickle)
+    where = torch.device(_choose_device(device))
+    model = _load_model(folder, dtype, where, trust_remote_code, allow_pickle)
+    if adapter_folder is not None:
+        model = _put_adapter(model, adapter_folder, where)
+    model.eval().requires_grad_(False)
+    return GenerativeTarget(
+        model=model,
+        processor=_load_processor(folder, trust_remote_code),
+        device=where,
+        hashes=_hashes(folder, adapter_folder),
+        name=str(target),
+    )
+
+
+def _resolve(name: str | Path) -> Path:
+    """The local folder of a folder or a hub id; the only place that may use the network."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError("this is a file, not a model folder", str(name), "Give its folder.")
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
+        raise UserError("no such folder", str(name), "Give a model folder or a hub id owner/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _quiet():
+            return Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.py"]))
+    except Exception as error:
+        raise UserError(
+            f"no such folder here, and the hub did not give it ({_first_line(error)})",
+            str(name),
+            "Check the name and the network, or download the model and give its folder.",
+        ) from error
+
+
+def _named_base(adapter: Path) -> str:
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    name = settings.get("base_model_name_or_path")
+    if not name:
+        raise UserError("the adapter does not name its base", str(adapter), "Give it with --base.")
+    return str(name)
+
+
+def _refuse_pickle(folder: Path, allowed: bool) -> None:
+    if allowed or any(folder.glob("*.safetensors")):
+        return
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLED):
+        raise UserError(
+            "its weights are pickled, and loading a pickle can run code",
+            str(folder),
+            "Convert them to safetensors, or pass --allow-pickle if you trust their source.",
+        )
+    raise UserError("no *.safetensors weights in it", str(folder), "Is this a model folder?")
+
+
+def _choose_device(device: str) -> str:
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"this machine cannot use it ({_first_line(error)})", f"--device {device}"
+            ) from error
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _load_model(
+    folder: Path, dtype: str, device: torch.device, remote_code: bool, allow_pickle: bool
+) -> Any:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"unknown dtype; choose auto or {', '.join(DTYPES)}", f"--dtype {dtype}")
+    try:
+        with _quiet():
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=DTYPES.get(dtype, "auto"),
+                trust_remote_code=remote_code,
+                use_safetensors=None if allow_pickle else True,
+                local_files_only=True,
+            )
+    except Exception as error:
+        message = _first_line(error)
+        advice = "Is it an image-text-to-text model that transformers knows?"
+        if "trust_remote_code" in str(error):
+            advice = "Pass --trust-remote-code if you have read that code and trust it."
+        raise UserError(
+            f"transformers could not load it ({message})", str(folder), advice
+        ) from error
+    if dtype == "auto" and device.type == "cpu" and model.dtype.itemsize < 4:
+        model = model.float()
+    return model.to(device)
+
+
+def _put_adapter(model: Any, folder: Path, device: torch.device) -> Any:
+    from peft import PeftModel
+
+    try:
+        with _quiet():
+            return PeftModel.from_pretrained(model, folder, torch_device=str(device))
+    except Exception as error:
+        raise UserError(
+            f"the adapter does not fit the model ({_first_line(error)})",
+            str(folder),
+            "Give the base that it was trained on.",
+        ) from error
+
+
+def _load_processor(folder: Path, remote_code: bool) -> Any:
+    try:
+        with _quiet():
+            processor = AutoProcessor.from_pretrained(
+                folder, trust_remote_code=remote_code, local_files_only=True
+            )
+    except ImportError as error:
+        raise UserError(
+            f"its processor needs a package that is missing ({_first_line(error)})",
+            str(folder),
+            "Install it, for most models: pip install torchvision.",
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"its processor cannot be loaded ({_first_line(error)})",
+            str(folder),
+            "Copy the processor and tokenizer files of the base model into the folder.",
+        ) from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise UserError(
+            "it has a tokenizer or an image processor, but no processor that joins the two",
+            str(folder),
+            "Copy processor_config.json and preprocessor_config.json of the base model into it.",
+        )
+    return processor
+
+
+def _hashes(folder: Path, adapter: Path | None) -> dict[str, str]:
+    """SHA-256 of what decides the evidence: weights, processor with chat template, adapter."""
+    weights = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin", ".pt"})
+    settings = sorted(
+        p for p in folder.iterdir() if p.suffix in {".json", ".jinja", ".model", ".txt", ".py"}
+    )
+    hashes = {"weights": _digest(weights), "processor": _digest(settings)}
+    if adapter is not None:
+        hashes["adapter"] = _digest(
+            sorted(p for p in adapter.iterdir() if p.name.startswith("adapter_"))
+        )
+    return hashes
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and notices of loading; errors still reach the caller."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    root = logging.getLogger("transformers")
+    before = root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(before)
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

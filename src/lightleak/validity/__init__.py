@@ -1,0 +1,5 @@
+"""Validity: when a number means something, and the verdict that obeys it."""
+
+from lightleak.validity.verdict import Cutoffs, Design, Verdict
+
+__all__ = ["Cutoffs", "Design", "Verdict"]

@@ -1,0 +1,338 @@
+"""The verdict: what it holds, as written to verdict.json, and how it is reached.
+
+`decide` is the whole rule, and reads only numbers that other files computed.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lightleak.errors import UserError
+
+Finding = Literal["exposed", "no_evidence", "inconclusive"]
+Tier = Literal["randomised", "held_out", "observational", "none"]
+Design = Literal["randomised", "held-out", "observational"]
+SCHEMA_VERSION = "1.0"
+Range = tuple[float, float]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cutoffs(_Part):
+    """The numbers that the rule turns on; recorded in the manifest and printed with the verdict."""
+
+    alpha: float = Field(0.01, gt=0, lt=0.5, description="level of the test that counts")
+    blind_refuse: float = Field(0.90, description="blind AUC from which nothing can be said")
+    blind_held_out: float = Field(0.55, description="largest upper end for a held-out design")
+    detectable_auc: float = Field(0.60, description="no_evidence needs power for this AUC")
+    fewest_records: int = Field(20, description="fewest scored records on each side")
+    lopsided_failures: float = Field(0.05, description="largest difference in failure rates")
+
+
+class RateAtFpr(_Part):
+    """True-positive rate where at most so many controls are accused."""
+
+    tpr: float
+    ci95: Range
+    fpr_ci95: Range
+
+
+class SignalFinding(_Part):
+    """One signal over all scored records."""
+
+    auc: float | None
+    auc_ci95: Range | None
+    tpr_at_fpr: dict[str, RateAtFpr | None]
+    tpr_at_fpr_reason: dict[str, str] = Field(description="why a rate is null")
+    p_value: float | None
+    p_value_holm: float | None = Field(description="Holm-adjusted over the signals shown")
+    orientation: str
+    n_unscorable: int
+    source: str
+    options: dict[str, Any]
+
+
+class PrimaryFinding(_Part):
+    """The pre-registered signal, which alone carries the verdict."""
+
+    signal: str
+    auc: float | None
+    auc_ci95: Range | None
+    p_value: float | None = Field(description="permutation over the unit of assignment")
+    p_value_adjusted: float | None = Field(description="residual test given the blind features")
+    test: Literal["permutation", "residual"] = Field(description="which of the two counts")
+    n_suspect: int
+    n_control: int
+
+
+class BlindFinding(_Part):
+    """How well the sides are told apart without the model, from one kind of feature."""
+
+    auc: float
+    auc_ci95: Range
+
+
+class DifferenceFinding(_Part):
+    """A blind feature on which the sides differ."""
+
+    feature: str
+    sentence: str
+    auc: float
+    p_value_adjusted: float
+
+
+class DuplicateFinding(_Part):
+    """Records that stand on both sides."""
+
+    suspect: str
+    control: str
+    kind: str
+
+
+class PowerFinding(_Part):
+    """What the sizes of the two sides could have detected."""
+
+    min_detectable_auc: float | None
+
+
+class ValidityFinding(_Part):
+    """The checks behind the verdict."""
+
+    blind_auc: float | None
+    blind_auc_ci95: Range | None
+    blind: dict[str, BlindFinding]
+    differences: list[DifferenceFinding]
+    duplicates: int = Field(description="pairs of records that stand on both sides")
+    duplicate_pairs: list[DuplicateFinding]
+    power: PowerFinding
+    controls: list[dict[str, Any]] = Field(description="negative controls")
+
+
+class SideCoverage(_Part):
+    """Records of one side."""
+
+    attempted: int
+    scored: int
+    failed: int
+
+
+class Coverage(_Part):
+    """Records attempted, scored by the primary signal, and failed."""
+
+    attempted: int
+    scored: int
+    failed: int
+    suspect: SideCoverage
+    control: SideCoverage
+
+
+class Prevalence(_Part):
+    """Share of the suspects that was used."""
+
+    estimate: float
+    ci95: Range
+
+
+class Verdict(_Part):
+    """What an audit found."""
+
+    schema_version: str = SCHEMA_VERSION
+    verdict: Finding
+    tier: Tier
+    reasons: list[str]
+    primary: PrimaryFinding
+    signals: dict[str, SignalFinding]
+    validity: ValidityFinding
+    prevalence: Prevalence | None
+    coverage: Coverage
+    cutoffs: Cutoffs
+
+    @property
+    def sentence(self) -> str:
+        """The finding in one sentence that needs no statistics."""
+        n = f"{self.primary.n_suspect:,} suspect records"
+        if self.verdict == "exposed":
+            return (
+                f"The model treats the {n} as it treats what it was trained on, and not as it "
+                "treats comparable records that it was not: at least part of them was very "
+                "likely used in training."
+            )
+        if self.verdict == "no_evidence":
+            return (
+                f"No evidence was found that the {n} were used in training, by a test that "
+                "would have found a moderate effect. This does not show that none was used."
+            )
+        return (
+            f"These data cannot support an answer about the {n}: neither that they were used in "
+            "training nor that they were not."
+        )
+
+    @staticmethod
+    def read(file: Path) -> Verdict:
+        """Read verdict.json.
+
+        Raises:
+            UserError: it is missing or does not follow the schema.
+        """
+        try:
+            return Verdict.model_validate_json(file.read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise UserError(
+                f"no verdict can be read from it ({str(error).splitlines()[0]})", str(file)
+            ) from error
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
+        return (
+            f"<div><strong>{self.verdict}</strong> (evidence: {self.tier})"
+            f"<p>{html.escape(self.sentence)}</p><ul>{rows}</ul></div>"
+        )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of verdict.json, as shipped with the package."""
+    text = resources.files("lightleak.validity").joinpath("verdict.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict proper."""
+
+    verdict: Finding
+    tier: Tier
+    reasons: tuple[str, ...]
+    test: Literal["permutation", "residual"]
+
+
+def decide(
+    *,
+    design: Design,
+    primary: SignalFinding,
+    primary_p_adjusted: float | None,
+    validity: ValidityFinding,
+    coverage: Coverage,
+    cutoffs: Cutoffs,
+) -> Decision:
+    """Reach the verdict.
+
+    First what forbids an answer; then which test counts under the declared design, if the data
+    bear the design out; then its p-value, and whether a null result had the power to mean
+    anything.
+    """
+    forbidding = _forbidding(primary, validity, coverage, cutoffs)
+    test: Literal["permutation", "residual"]
+    tier, test, reasons = _tier(design, validity, cutoffs)
+    if forbidding:
+        return Decision("inconclusive", "none", tuple(forbidding), test)
+    p_value = primary.p_value if test == "permutation" else primary_p_adjusted
+    if p_value is None:
+        reasons.append("The test that counts could not be computed on these data.")
+        return Decision("inconclusive", "none", tuple(reasons), test)
+    if primary.auc is not None and primary.auc_ci95 is not None and primary.auc_ci95[1] < 0.5:
+        reasons.append(
+            f"Suspects score lower than controls (AUC {primary.auc:.3f}): a leak in the other "
+            "direction, an error in the sign, or a difference between the sets. It is reported "
+            "as it is and never turned round."
+        )
+    name = "permutation test" if test == "permutation" else "test adjusted for what differs"
+    if p_value <= cutoffs.alpha:
+        reasons.append(f"The {name} rejects chance: p = {p_value:.2g} ≤ {cutoffs.alpha:g}.")
+        return Decision("exposed", tier, tuple(reasons), test)
+    reasons.append(f"The {name} does not reject chance: p = {p_value:.2g} > {cutoffs.alpha:g}.")
+    detectable = validity.power.min_detectable_auc
+    if detectable is not None and detectable <= cutoffs.detectable_auc:
+        reasons.append(
+            f"An effect of AUC {detectable:.3f} or more would have been found with 90 % "
+            "probability: no evidence at this power, which is not the same as not trained on."
+        )
+        return Decision("no_evidence", tier, tuple(reasons), test)
+    reasons.append(
+        "There are too few records to read anything into that: with these numbers only an AUC of "
+        f"{detectable:.3f} would be found reliably, and {cutoffs.detectable_auc:.2f} is asked for."
+        if detectable is not None
+        else "There are too few records to read anything into that."
+    )
+    return Decision("inconclusive", tier, tuple(reasons), test)
+
+
+def _forbidding(
+    primary: SignalFinding, validity: ValidityFinding, coverage: Coverage, cutoffs: Cutoffs
+) -> list[str]:
+    """Every reason why no answer may be given, whatever the p-value."""
+    found: list[str] = []
+    sides: Sequence[tuple[str, SideCoverage]] = (
+        ("suspect", coverage.suspect),
+        ("control", coverage.control),
+    )
+    for side, counts in sides:
+        if counts.scored < cutoffs.fewest_records:
+            found.append(
+                f"Only {counts.scored} {side} records could be scored; "
+                f"{cutoffs.fewest_records} are the least."
+            )
+    rates = [counts.failed / max(1, counts.attempted) for _, counts in sides]
+    if abs(rates[0] - rates[1]) > cutoffs.lopsided_failures:
+        found.append(
+            f"Failures fall on one side: {rates[0]:.0%} of the suspects and {rates[1]:.0%} of the "
+            "controls could not be used, so what is left may differ for that reason alone."
+        )
+    if validity.duplicates:
+        found.append(
+            f"{validity.duplicates} record(s) stand on both sides, alike or nearly so: remove "
+            "them from one side and run again."
+        )
+    if validity.blind_auc is None:
+        found.append("The two sets are too small to check whether they differ by themselves.")
+    elif validity.blind_auc >= cutoffs.blind_refuse:
+        found.append(
+            "The two sets can be told apart without the model (blind AUC "
+            f"{validity.blind_auc:.3f}), so no score of the model can be blamed on training. "
+            + " ".join(each.sentence for each in validity.differences[:3])
+        )
+    if primary.auc is None:
+        found.append("The primary signal could not be computed.")
+    found += [control["sentence"] for control in validity.controls if control.get("fired")]
+    return found
+
+
+def _tier(
+    design: Design, validity: ValidityFinding, cutoffs: Cutoffs
+) -> tuple[Tier, Literal["permutation", "residual"], list[str]]:
+    """The tier that the data bear out, the test that counts there, and why."""
+    if validity.blind_auc is None or validity.blind_auc_ci95 is None:
+        return "none", "residual", []
+    low, high = validity.blind_auc_ci95
+    blind = f"blind AUC {validity.blind_auc:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    adjusted = "the test adjusts for what can be seen without the model."
+    if design == "randomised":
+        if low <= 0.5:
+            return "randomised", "permutation", [f"Membership was drawn at random ({blind})."]
+        return (
+            "observational",
+            "residual",
+            [f"A random draw was declared but the sets differ ({blind}): {adjusted}"],
+        )
+    if design == "held-out":
+        if high <= cutoffs.blind_held_out:
+            return "held_out", "permutation", [f"A random hold-out, and no shift found ({blind})."]
+        return (
+            "observational",
+            "residual",
+            [
+                f"A hold-out was declared but a shift is not excluded ({blind}; the upper end "
+                f"must be at most {cutoffs.blind_held_out:.2f}): {adjusted}"
+            ],
+        )
+    return "observational", "residual", [f"No random design was declared ({blind}): {adjusted}"]
