@@ -123,7 +123,7 @@ class Calibration:
         kept = self.masks()
         with progress.stage("Scoring the kept slices", len(self.records)) as advance:
             for k, fit in enumerate(self.fits):
-                chosen = [self.records[i] for i in np.flatnonzero(fit.scored)]
+                chosen = [r for r, wanted in zip(self.records, fit.scored, strict=True) if wanted]
                 file = self.folder / f"scored-gradaudit-{k:05d}.parquet"
                 if file.is_file():
                     advance(len(chosen))

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.base import BaseEstimator, clone
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -122,8 +122,11 @@ def _folds(side: Booleans, codes: Integers, folds: int, seed: int) -> list[Integ
     smaller = min(np.unique(codes[side]).size, np.unique(codes[~side]).size)
     if smaller < 2:
         raise ValueError("the residual test needs at least two groups on each side")
-    splitter = StratifiedGroupKFold(min(folds, smaller), shuffle=True, random_state=seed)
-    return [test for _, test in splitter.split(codes, side, codes)]
+    # Without groups the plain splitter gives the same balance, without a pass over each group.
+    grouped = np.unique(codes).size < codes.size
+    kind = StratifiedGroupKFold if grouped else StratifiedKFold
+    splitter = kind(min(folds, smaller), shuffle=True, random_state=seed)
+    return [test for _, test in splitter.split(codes, side, codes if grouped else None)]
 
 
 def _statistic(

@@ -1,0 +1,234 @@
+"""Drawings: inline SVG that needs no script, no font file and no colour vision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from lightleak import statistics as st
+from lightleak.report.contents import PrimaryScores
+from lightleak.validity import Verdict
+
+Floats = npt.NDArray[np.float64]
+
+SUSPECT, CONTROL, INK, FAINT = "#0b5c94", "#6b7280", "#1c2430", "#c9ced6"
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": "#8b93a0",
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.xmargin": 0.0,
+    "axes.ymargin": 0.02,
+    "xtick.color": "#4a5361",
+    "ytick.color": "#4a5361",
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.5,
+}
+INCHES = (4.6, 3.5)
+LABELS = {
+    "text": "Texts alone",
+    "image": "Images alone",
+    "joint": "Texts and images",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: its SVG and what it shows in words."""
+
+    svg: Markup
+    words: str
+
+
+class _Canvas:
+    """One pair of axes that ends as SVG."""
+
+    def __init__(self, name: str, height: float) -> None:
+        self.name = name
+        self.figure = Figure(figsize=(INCHES[0], height), layout="constrained")
+        self.axes: Any = self.figure.add_subplot()
+
+    def drawing(self, words: str) -> Drawing:
+        """Freeze it; ids are made unique to the figure, for several share a page."""
+        stream = StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        self.figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+        svg = stream.getvalue()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", svg)
+        svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+        svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+        label = f'<svg role="img" aria-label="{escape(words)}"'
+        return Drawing(Markup(svg.replace("<svg", label, 1)), words)  # noqa: S704 - words escaped
+
+
+@contextmanager
+def _canvas(name: str, height: float = INCHES[1]) -> Iterator[_Canvas]:
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        yield _Canvas(name, height)
+
+
+def curve(scores: PrimaryScores, seed: int) -> st.RocCurve:
+    """The ROC curve; that of scores fitted on other folds is the mean of the folds'.
+
+    So is its band: the mean of the folds' bounds holds however the folds depend on each other,
+    as in `statistics.auc_across_folds`.
+    """
+    curves = [
+        st.roc_curve(suspect, control, seed=seed + fold)
+        for fold, (suspect, control) in enumerate(scores.folds())
+    ]
+    tpr, low, high = (
+        np.mean([getattr(each, part) for each in curves], axis=0) for part in ("tpr", "low", "high")
+    )
+    return st.RocCurve(curves[0].fpr, tpr, low, high)
+
+
+def roc(scores: PrimaryScores, verdict: Verdict, seed: int) -> list[Drawing]:
+    """The ROC curve with its pointwise 95 % band, on a linear and on a logarithmic axis."""
+    found = curve(scores, seed)
+    least = 1 / min(control.size for _, control in scores.folds())
+    auc, interval = verdict.primary.auc, verdict.primary.auc_ci95
+    assert auc is not None
+    assert interval is not None
+    words = f"ROC curve: AUC {auc:.3f}, 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+    at_five = int(np.flatnonzero(np.isclose(found.fpr, 0.05))[0])
+    low_words = (
+        f"ROC curve on a logarithmic axis: at a false-positive rate of 5 % the true-positive rate "
+        f"is {found.tpr[at_five]:.2f}, band {found.low[at_five]:.2f} to {found.high[at_five]:.2f}; "
+        f"rates below {least:.2g} cannot be resolved"
+    )
+    with _canvas("roc-linear") as canvas:
+        _draw_curve(canvas.axes, found)
+        canvas.axes.set_xlim(0, 1)
+        canvas.axes.text(0.66, 0.60, "chance", color=CONTROL, ha="left", va="top")
+        linear = canvas.drawing(f"{words}.")
+    with _canvas("roc-log") as canvas:
+        _draw_curve(canvas.axes, found)
+        left = min(least / 2, 0.005)
+        canvas.axes.set_xscale("log")
+        canvas.axes.set_xlim(left, 1)
+        canvas.axes.axvspan(left, least, facecolor="#eef0f3", edgecolor=FAINT, hatch="///", lw=0)
+        canvas.axes.text(
+            least * 1.08, 0.99, f"◂ below 1 in {1 / least:,.0f} controls", color=CONTROL, va="top"
+        )
+        ticks = [rate for rate in (0.0001, 0.001, 0.01, 0.05, 0.2, 1) if rate >= left]
+        canvas.axes.set_xticks(ticks, [f"{100 * rate:g} %" for rate in ticks])
+        canvas.axes.set_xticks([], minor=True)
+        return [linear, canvas.drawing(f"{low_words}.")]
+
+
+def _draw_curve(axes: Any, found: st.RocCurve) -> None:
+    axes.fill_between(found.fpr, found.low, found.high, step="post", color=SUSPECT, alpha=0.18, lw=0)
+    axes.step(found.fpr, found.tpr, where="post", color=SUSPECT, lw=1.6)
+    axes.plot(found.fpr, found.fpr, color=CONTROL, lw=1, ls=(0, (4, 3)))
+    axes.set_ylim(0, 1.005)
+    axes.set_xlabel("false-positive rate: controls accused")
+    axes.set_ylabel("true-positive rate: suspects found")
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
+
+
+def distributions(scores: PrimaryScores, signal: str) -> list[Drawing]:
+    """How the scores of suspects and controls are spread: as histograms and cumulated."""
+    suspect, control = _on_one_scale(scores)
+    everyone = np.concatenate([suspect, control])
+    # A few far outliers must not press all others into one bar; the ends hold what lies beyond.
+    low, high = np.quantile(everyone, [0.002, 0.998])
+    inside = np.clip(everyone, low, high)
+    edges = np.histogram_bin_edges(inside, bins=int(np.clip(np.sqrt(everyone.size), 12, 40)))
+    label = f"score of {signal}"
+    if not scores.comparable:
+        label += ", from the median of its fold's controls, in their quartile ranges"
+    medians = f"median {np.median(suspect):.3g} of the suspects, {np.median(control):.3g} of the "
+    medians += "controls"
+    sides = (("suspects", suspect, SUSPECT, "-"), ("controls", control, INK, (0, (4, 2))))
+    with _canvas("histogram") as canvas:
+        for name, values, colour, line in sides:
+            share = np.histogram(np.clip(values, low, high), edges)[0] / values.size
+            filled = name == "suspects"
+            canvas.axes.stairs(
+                share,
+                edges,
+                fill=filled,
+                color=colour,
+                alpha=0.35 if filled else 1,
+                lw=1.3,
+                ls=line,
+                label=name,
+            )
+        canvas.axes.set_xlabel(label)
+        canvas.axes.set_ylabel("share of the records")
+        canvas.axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+        canvas.axes.legend(loc="upper left")
+        histogram = canvas.drawing(f"Histogram of scores: {medians}.")
+    with _canvas("cumulated") as canvas:
+        grid = np.linspace(edges[0], edges[-1], 300)
+        for name, values, colour, line in sides:
+            at_most = np.searchsorted(np.sort(values), grid, side="right") / values.size
+            canvas.axes.step(grid, at_most, where="post", color=colour, ls=line, lw=1.4, label=name)
+        canvas.axes.set_xlabel(label)
+        canvas.axes.set_ylabel("share scoring at most that")
+        canvas.axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        canvas.axes.legend(loc="upper left")
+        return [histogram, canvas.drawing(f"Cumulated scores: {medians}.")]
+
+
+def _on_one_scale(scores: PrimaryScores) -> tuple[Floats, Floats]:
+    """Suspects' and controls' scores; where folds differ in scale, told from their controls."""
+    if scores.comparable:
+        return scores.suspect, scores.control
+    moved: list[list[Floats]] = [[], []]
+    for sides in scores.folds():
+        low, median, high = np.quantile(sides[1], [0.25, 0.5, 0.75])
+        for kept, values in zip(moved, sides, strict=True):
+            kept.append((values - median) / ((high - low) or 1.0))
+    return np.concatenate(moved[0]), np.concatenate(moved[1])
+
+
+def blind_comparison(verdict: Verdict) -> Drawing | None:
+    """What is told apart without the model beside what the primary signal tells apart."""
+    rows: list[tuple[str, float, Sequence[float], bool]] = [
+        (LABELS[part], each.auc, each.auc_ci95, False)
+        for part, each in verdict.validity.blind.items()
+    ]
+    primary = verdict.primary
+    if not rows or primary.auc is None or primary.auc_ci95 is None:
+        return None
+    rows.append((f"The model: {primary.signal}", primary.auc, primary.auc_ci95, True))
+    words = "; ".join(
+        f"{label} {auc:.3f}, interval {low:.3f} to {high:.3f}" for label, auc, (low, high), _ in rows
+    )
+    with _canvas("blind", 2.1) as canvas:
+        axes = canvas.axes
+        for row, (_, auc, (low, high), is_model) in enumerate(reversed(rows)):
+            colour = SUSPECT if is_model else INK
+            axes.plot([low, high], [row, row], color=colour, lw=2, solid_capstyle="butt")
+            axes.plot([auc], [row], marker="D" if is_model else "o", color=colour, ms=6)
+        axes.axvline(0.5, color=CONTROL, lw=1, ls=(0, (4, 3)), zorder=0)
+        axes.axvline(verdict.cutoffs.blind_refuse, color=FAINT, lw=1, zorder=0)
+        axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        lowest = min(0.4, *(row[2][0] for row in rows))
+        axes.set_xlim(max(0.0, lowest - 0.02), 1)
+        axes.set_ylim(-0.6, len(rows) - 0.3)
+        axes.set_xlabel("AUC, with 95 % interval")
+        return canvas.drawing(f"AUC without and with the model: {words}.")
