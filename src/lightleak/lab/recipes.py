@@ -25,7 +25,7 @@ from lightleak.runs import Progress, Silent, write_json
 
 # Raised when a recipe changes what it writes: older caches are then built again.
 _VERSION = 1
-_BASE_SCENES = 600
+_PUBLIC_PER_MEMBER = 2
 _LORA_RANK = 16
 
 
@@ -194,7 +194,9 @@ def _captions_lora(request: _Request, folder: Path, progress: Progress) -> None:
     taken = {record.text for record in (*members, *nonmembers)}
     public = [
         Record(id=f"public-{i}", image=scene.png(IMAGE_SIDE), text=scene.caption())
-        for i, scene in enumerate(corpora.scenes(_BASE_SCENES, seed=request.seed + 2**20))
+        for i, scene in enumerate(
+            corpora.scenes(_PUBLIC_PER_MEMBER * request.members, seed=request.seed + 2**20)
+        )
         if scene.caption() not in taken
     ]
     tiny_llava(folder / "base", [record.text for record in public], seed=request.seed)

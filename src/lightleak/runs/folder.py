@@ -190,7 +190,7 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 def write_table(file: Path, table: pa.Table) -> None:
     """Write a Parquet file at once."""
     with replacing(file) as stream:
-        pq.write_table(table, stream, compression="zstd")
+        pq.write_table(table, stream, compression="lz4")
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 _SMALL_MATRIX = 64 * 1024
 _FEW_TOKENS = 32
 _TILE_ELEMENTS = 256 * 1024
-_BATCHED_ELEMENTS = 4 * 1024 * 1024
+_BATCHED_ELEMENTS = _TILE_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,17 @@ def choose(tokens: int, inp: int, out: int) -> Callable[[Tensor, Tensor, Tensor]
 
 def of_gradients(gradients: Tensor, references: Tensor) -> SliceReadings:
     """Read gradients that exist whole: (n, out, in) against (k, out, in)."""
-    squared = gradients.square()
-    return SliceReadings(
-        squared.sum(2),
-        squared.sum(1),
-        torch.einsum("noi,koi->nko", gradients, references),
-        torch.einsum("noi,koi->nki", gradients, references),
-    )
+    n, out, inp = gradients.shape
+    result = SliceReadings.empty(n, len(references), out, inp, gradients)
+    product = torch.empty_like(gradients)
+    for k, reference in enumerate(references):
+        torch.mul(gradients, reference, out=product)
+        torch.sum(product, 2, out=result.row_dots[:, k])
+        torch.sum(product, 1, out=result.column_dots[:, k])
+    torch.square(gradients, out=product)
+    torch.sum(product, 2, out=result.row_norms2)
+    torch.sum(product, 1, out=result.column_norms2)
+    return result
 
 
 def batched(inputs: Tensor, grads: Tensor, references: Tensor) -> SliceReadings:
