@@ -124,17 +124,21 @@ def reference_of(members):
     return {name: torch.stack([g[name] for g in members]).mean(0) for name in members[0]}
 
 
-def scores(members, nonmembers, probes, strategy, tau, q):
-    """The published protocol, from whole gradients."""
+def published_cosines(members, nonmembers, probes):
+    """Cosines with the mean over members, of every record."""
     reference = reference_of(members)
-    sims = [[row_and_column_cosines(g, reference) for g in side] for side in (members, nonmembers)]
-    gaps = {key: mean(sims[0])[key] - mean(sims[1])[key] for key in sims[0][0]}
-    kept = {key: masked(gap, strategy, tau, q) for key, gap in gaps.items()}
-    result = []
-    for gradient in probes:
-        cosines = row_and_column_cosines(gradient, reference)
-        result.append(torch.cat([cosines[key][kept[key]] for key in kept]).mean().item())
-    return result
+    return [
+        [row_and_column_cosines(gradient, reference) for gradient in side]
+        for side in (members, nonmembers, probes)
+    ]
+
+
+def published_scores(cosines, strategy, tau, q):
+    """The published protocol: mask by the calibration records, mean of what is kept."""
+    members, nonmembers, probes = cosines
+    inside, outside = mean(members), mean(nonmembers)
+    kept = {key: masked(inside[key] - outside[key], strategy, tau, q) for key in inside}
+    return [torch.cat([each[key][kept[key]] for key in kept]).mean().item() for each in probes]
 
 
 def crossed_scores(gradients_, suspect, folds, strategy, tau, q):

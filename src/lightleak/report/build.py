@@ -46,7 +46,12 @@ def render(contents: Contents, *, show_images: bool) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": words.percent, "p": words.p_value, "cut": words.cut}
+    environment.filters |= {
+        "percent": words.percent,
+        "p": words.p_value,
+        "score": words.score,
+        "cut": words.cut,
+    }
     return environment.get_template("report.html.j2").render(
         contents=contents,
         verdict=verdict,
@@ -61,7 +66,7 @@ def render(contents: Contents, *, show_images: bool) -> str:
             (field.description, getattr(verdict.cutoffs, name))
             for name, field in Cutoffs.model_fields.items()
         ],
-        roc=[] if scores is None else figures.roc(scores, verdict, settings["seed"]),
+        roc=[] if scores is None else figures.roc(scores, settings["seed"]),
         distributions=(
             [] if scores is None else figures.distributions(scores, verdict.primary.signal)
         ),

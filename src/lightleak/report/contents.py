@@ -39,12 +39,14 @@ class PrimaryScores:
     """Scores of the primary signal, unscorable records left out.
 
     Attributes:
+        auc: the verdict's.
         suspect, control: (n₁,) and (n₀,), higher = more member-like.
         suspect_folds, control_folds: the fold of each.
         comparable: whether all scores share one scale; where they were fitted on other folds,
             only those of one fold do.
     """
 
+    auc: st.Estimate
     suspect: Floats
     control: Floats
     suspect_folds: Integers
@@ -164,7 +166,8 @@ def _table(file: Path) -> pa.Table:
 
 def _primary_scores(run: Run, verdict: Verdict) -> PrimaryScores | None:
     """None where there are too few to compare."""
-    if verdict.primary.auc is None:
+    auc, interval = verdict.primary.auc, verdict.primary.auc_ci95
+    if auc is None or interval is None:
         return None
     table = _table(run.scores_file)
     table = table.filter(
@@ -174,12 +177,14 @@ def _primary_scores(run: Run, verdict: Verdict) -> PrimaryScores | None:
     suspect, control = (each["score"].to_numpy() for each in sides.values())
     suspect_folds, control_folds = (each["fold"].to_numpy() for each in sides.values())
     # Scores fitted on other folds are compared within folds, and give the verdict's AUC only so.
-    comparable = bool(np.isclose(st.auc(suspect, control), verdict.primary.auc, rtol=0, atol=1e-9))
-    return PrimaryScores(suspect, control, suspect_folds, control_folds, comparable)
+    comparable = bool(np.isclose(st.auc(suspect, control), auc, rtol=0, atol=1e-9))
+    estimate = st.Estimate(auc, *interval)
+    return PrimaryScores(estimate, suspect, control, suspect_folds, control_folds, comparable)
 
 
 def _claims(run: Run, scores: PrimaryScores, show_images: bool) -> Claims:
-    table = _table(run.claims_file)
+    # Conformal p-values are often tied.
+    table = _table(run.claims_file).sort_by([("p_value", "ascending"), ("score", "descending")])
     rows = table.slice(0, RECORDS_SHOWN).to_pylist()
     records = _table(run.evidence / "records.parquet")
     wanted = pa.array([f"suspect/{row['id']}" for row in rows], pa.string())

@@ -76,7 +76,7 @@ class _Canvas:
         svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
         svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
         label = f'<svg role="img" aria-label="{escape(words)}"'
-        return Drawing(Markup(svg.replace("<svg", label, 1)), words)  # noqa: S704 - words escaped
+        return Drawing(Markup(svg.replace("<svg", label, 1)), words)
 
 
 @contextmanager
@@ -101,14 +101,12 @@ def curve(scores: PrimaryScores, seed: int) -> st.RocCurve:
     return st.RocCurve(curves[0].fpr, tpr, low, high)
 
 
-def roc(scores: PrimaryScores, verdict: Verdict, seed: int) -> list[Drawing]:
+def roc(scores: PrimaryScores, seed: int) -> list[Drawing]:
     """The ROC curve with its pointwise 95 % band, on a linear and on a logarithmic axis."""
     found = curve(scores, seed)
     least = 1 / min(control.size for _, control in scores.folds())
-    auc, interval = verdict.primary.auc, verdict.primary.auc_ci95
-    assert auc is not None
-    assert interval is not None
-    words = f"ROC curve: AUC {auc:.3f}, 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+    auc = scores.auc
+    words = f"ROC curve: AUC {auc.value:.3f}, 95 % interval {auc.low:.3f} to {auc.high:.3f}"
     at_five = int(np.flatnonzero(np.isclose(found.fpr, 0.05))[0])
     low_words = (
         f"ROC curve on a logarithmic axis: at a false-positive rate of 5 % the true-positive rate "
@@ -136,7 +134,9 @@ def roc(scores: PrimaryScores, verdict: Verdict, seed: int) -> list[Drawing]:
 
 
 def _draw_curve(axes: Any, found: st.RocCurve) -> None:
-    axes.fill_between(found.fpr, found.low, found.high, step="post", color=SUSPECT, alpha=0.18, lw=0)
+    axes.fill_between(
+        found.fpr, found.low, found.high, step="post", color=SUSPECT, alpha=0.18, lw=0
+    )
     axes.step(found.fpr, found.tpr, where="post", color=SUSPECT, lw=1.6)
     axes.plot(found.fpr, found.fpr, color=CONTROL, lw=1, ls=(0, (4, 3)))
     axes.set_ylim(0, 1.005)
@@ -214,7 +214,8 @@ def blind_comparison(verdict: Verdict) -> Drawing | None:
         return None
     rows.append((f"The model: {primary.signal}", primary.auc, primary.auc_ci95, True))
     words = "; ".join(
-        f"{label} {auc:.3f}, interval {low:.3f} to {high:.3f}" for label, auc, (low, high), _ in rows
+        f"{label} {auc:.3f}, interval {low:.3f} to {high:.3f}"
+        for label, auc, (low, high), _ in rows
     )
     with _canvas("blind", 2.1) as canvas:
         axes = canvas.axes

@@ -14,7 +14,7 @@ VERDICTS = {"exposed": "Exposed", "no_evidence": "No evidence", "inconclusive": 
 
 # From the weakest to the strongest.
 TIERS = {
-    "none": ("None", "No design stands behind these numbers: a check forbids an answer."),
+    "none": ("None", "No test counts here: the reasons below forbid an answer."),
     "observational": (
         "Observational",
         "Nobody drew lots between suspects and controls. What can be seen in the records "
@@ -91,8 +91,8 @@ def _not_shown_exposed(verdict: Verdict) -> list[str]:
         "How they came into the training, from whom, or whether that was allowed. Copies from "
         "elsewhere leave the same trace.",
         rests_on,
-        "Certainty. Of models that never saw their suspects, up to "
-        f"{percent(verdict.cutoffs.alpha)} would be found exposed by this test all the same.",
+        "Certainty. The test is built to find at most "
+        f"{percent(verdict.cutoffs.alpha)} of models exposed that never saw their suspects.",
     ]
 
 
@@ -150,7 +150,7 @@ def _duplicates(verdict: Verdict) -> Check:
     name = "No record stands on both sides"
     count = verdict.validity.duplicates
     if count:
-        return Check(name, "failed", f"{count:,} pairs of records are alike or nearly so.")
+        return Check(name, "failed", f"Pairs that are alike or nearly so: {count:,}.")
     return Check(name, "passed", "Neither equal nor nearly equal images or texts were found.")
 
 
@@ -244,7 +244,7 @@ def below_half(verdict: Verdict) -> str | None:
         "lower than controls beyond chance: a leak in the other direction, an error of sign, or "
         "a difference between the sets"
         if interval[1] < 0.5
-        else "slightly lower than controls, within chance"
+        else "lower than controls, within chance"
     )
     return (
         f"The AUC lies below 0.5: suspects score {lower}. It is shown as it is. Turning a signal "
@@ -261,7 +261,7 @@ def about_records(verdict: Verdict, claims: Claims) -> list[str]:
         f"Ranked among {claims.controls:,} controls, no record can have a p-value below "
         f"{p_value(1 / (claims.controls + 1))}; "
         + (
-            f"so none can be claimed before at least {claims.resolvable:,} are at once."
+            f"so none can be claimed unless at least {claims.resolvable:,} are at once."
             if claims.resolvable <= claims.tested
             else "so no record can be claimed alone, however high it scores. More controls would "
             "change that."
@@ -287,22 +287,23 @@ def declared(design: Design) -> str:
 
 
 def percent(share: float) -> str:
-    """0.0667 → "6.7 %"."""
-    return f"{100 * share:.3g} %"
+    """0.0667 → "6.7 %", which does not break over lines."""
+    return f"{round(100 * share, 1):g}\N{NO-BREAK SPACE}%"
+
+
+def score(value: float) -> str:
+    """Four digits, with a minus sign that is as wide as a plus."""
+    return f"{value:.4g}".replace("-", "−")
 
 
 def p_value(value: float | None) -> str:
-    """Two digits, and powers of ten below one in a thousand."""
+    """Two digits; below 1 in 10,000 only that, for no formula knows its far tail so well."""
     if value is None:
         return "not computed"
-    if value >= 1e-3 or value == 0:
-        return f"{value:.2g}"
-    digits, exponent = f"{value:.1e}".split("e")
-    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{digits} × 10{raised}"
+    return "< 0.0001" if value < 0.95e-4 else f"{value:.2g}"
 
 
-def cut(text: str, length: int = 300) -> str:
+def cut(text: str, length: int = 240) -> str:
     """A text that may be of any length, to be shown; says how much of it is left out."""
     if len(text) <= length:
         return text
