@@ -155,11 +155,19 @@ def test_an_adapter_changes_its_base_and_switched_off_gives_it_back(tuned: LabTa
         np.testing.assert_allclose(_mean_log_likelihood(both, tuned.members), base, atol=1e-5)
 
 
+def test_nothing_that_a_recipe_writes_names_the_folder_it_was_built_in(
+    tuned: LabTarget, tmp_path: Path
+) -> None:
+    named = [n for n, data in _files(tuned.truth.parent).items() if str(tmp_path).encode() in data]
+    assert named == []
+
+
 @pytest.mark.parametrize(
     ("recipe", "numbers", "message"),
     [
         ("caption-tiny", {}, "unknown recipe.*captions-tiny"),
         ("captions-tiny", {"members": 0}, "at least one member"),
+        ("captions-tiny", {"epochs": 0}, "epoch"),
     ],
 )
 def test_an_impossible_request_is_one_clear_line(

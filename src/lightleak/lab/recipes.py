@@ -93,8 +93,12 @@ def build(
         raise UserError(f"unknown recipe; there are {', '.join(_RECIPES)}", recipe)
     if members < 1 or nonmembers < 1:
         raise UserError("a lab target needs at least one member and one non-member")
+    if epochs is not None and epochs < 1:
+        raise UserError("training needs at least one epoch", f"--epochs {epochs}")
     make, own_epochs = _RECIPES[recipe]
-    request = _Request(recipe, seed, members, nonmembers, epochs or own_epochs, caption_shift)
+    request = _Request(
+        recipe, seed, members, nonmembers, own_epochs if epochs is None else epochs, caption_shift
+    )
     folder = Path(out)
     described = folder / "truth.json"
     if described.is_file():
@@ -106,7 +110,11 @@ def build(
         raise UserError("it is not empty", str(folder), "Give --out a folder of its own.")
     else:
         cached = _cached(request, make, progress or Silent())
-        shutil.copytree(cached, folder, dirs_exist_ok=True)
+        # Whole or not at all, so that a copy cut short is never taken for a finished target.
+        copying = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(copying, ignore_errors=True)
+        shutil.copytree(cached, copying)
+        copying.replace(folder)
     return LabTarget(
         target=folder / ("base" if (folder / "adapter").is_dir() else "target"),
         adapter=folder / "adapter" if (folder / "adapter").is_dir() else None,
@@ -223,6 +231,8 @@ def _teach_adapter(
     from peft import LoraConfig, get_peft_model
 
     target = targets.load(folder / "base", device="cpu", dtype="float32")
+    # peft would write where the base was built, a folder that is gone when the recipe is done.
+    target.model.name_or_path = target.model.config.name_or_path = ""
     config = LoraConfig(
         r=_LORA_RANK,
         lora_alpha=2 * _LORA_RANK,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,18 @@ class Training:
     weight_decay: float = 0.01
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model is slower with more threads: on a busy machine they wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def train(
     target: GenerativeTarget,
     records: Sequence[Record],

@@ -156,7 +156,7 @@ def distributions(scores: PrimaryScores, signal: str) -> list[Drawing]:
     edges = np.histogram_bin_edges(inside, bins=int(np.clip(np.sqrt(everyone.size), 12, 40)))
     label = f"score of {signal}"
     if not scores.comparable:
-        label += ", from the median of its fold's controls, in their quartile ranges"
+        label += ", relative to the controls of its fold"
     medians = f"median {np.median(suspect):.3g} of the suspects, {np.median(control):.3g} of the "
     medians += "controls"
     sides = (("suspects", suspect, SUSPECT, "-"), ("controls", control, INK, (0, (4, 2))))
@@ -177,7 +177,8 @@ def distributions(scores: PrimaryScores, signal: str) -> list[Drawing]:
         canvas.axes.set_xlabel(label)
         canvas.axes.set_ylabel("share of the records")
         canvas.axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
-        canvas.axes.legend(loc="upper left")
+        canvas.axes.set_ylim(0, 1.15 * canvas.axes.get_ylim()[1])
+        canvas.axes.legend(loc="upper left", ncols=2)
         histogram = canvas.drawing(f"Histogram of scores: {medians}.")
     with _canvas("cumulated") as canvas:
         grid = np.linspace(edges[0], edges[-1], 300)
