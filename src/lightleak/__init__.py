@@ -8,19 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Verdict", "__version__", "audit", "judge", "report"]
+__all__ = ["Verdict", "__version__", "audit", "judge", "write_report"]
 
 if TYPE_CHECKING:
     from lightleak.audits.judge import judge
     from lightleak.audits.membership import audit
-    from lightleak.report import report
+    from lightleak.report import report as write_report
     from lightleak.validity import Verdict
 
 _ROOMS = {
-    "audit": "lightleak.audits.membership",
-    "judge": "lightleak.audits.judge",
-    "report": "lightleak.report",
-    "Verdict": "lightleak.validity",
+    "audit": ("lightleak.audits.membership", "audit"),
+    "judge": ("lightleak.audits.judge", "judge"),
+    # Not `report`: that is the room itself, once it is imported.
+    "write_report": ("lightleak.report", "report"),
+    "Verdict": ("lightleak.validity", "Verdict"),
 }
 
 
@@ -30,4 +31,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'lightleak' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_ROOMS[name]), name)
+    room, function = _ROOMS[name]
+    return getattr(import_module(room), function)

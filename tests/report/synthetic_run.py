@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from lightleak import statistics as st
 from lightleak.audits.judge import judge
 from lightleak.evidence.table import schema
 from lightleak.runs import Run, write_json, write_table
@@ -150,13 +149,3 @@ def inconclusive(folder: Path, **changes: Any) -> Run:
             **changes,
         },
     )
-
-
-def expected_auc(effect: float) -> float:
-    """The AUC of the simulated loss: normal levels and the mean of normal tokens."""
-    from scipy import stats
-
-    return float(stats.norm.cdf(effect / np.sqrt(2 * (1 + 1 / TOKENS))))
-
-
-__all__ = ["expected_auc", "exposed", "inconclusive", "no_evidence", "st", "write_run"]

@@ -116,7 +116,7 @@ def test_a_hold_out_counts_only_where_a_shift_is_excluded():
     [
         ({"validity": {"blind": 0.93, "interval": (0.9, 0.95)}}, "told apart without the model"),
         ({"validity": {"blind": None, "interval": None}}, "too small to check"),
-        ({"validity": {"duplicates": 2}}, "2 record"),
+        ({"validity": {"duplicates": 2}}, "2 pair(s)"),
         ({"coverage": coverage(suspect=(300, 200))}, "Failures fall on one side: 33%"),
         ({"coverage": coverage(control=(12, 12))}, "Only 12 control records"),
         ({"primary": signal(None, None, None)}, "could not be computed"),

@@ -18,6 +18,7 @@ from lightleak.targets import Batch, EncodedRecord, GenerativeTarget
 # Largest difference between a record alone and in a batch, relative to 1 + |value|.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
+_SAMPLE, _TRIED = 8, 64
 
 
 def self_check(
@@ -31,7 +32,7 @@ def self_check(
     Args:
         target: the model.
         engine: its gradient engine, when gradients will be read.
-        records: some records that can be encoded; the first eight are used.
+        records: the run's; the first eight that the model takes are used.
         size: the batches that will be used.
 
     Returns:
@@ -39,27 +40,42 @@ def self_check(
         its features one block earlier, say).
 
     Raises:
-        UserError: the image does not reach the model, the adapter changes nothing, or a record's
-            reading depends on its batch.
+        UserError: the model takes no record, the image does not reach it, the adapter changes
+            nothing, or a record's reading depends on its batch.
     """
-    encoded: list[EncodedRecord] = []
-    for record in records:
-        try:
-            encoded.append(target.encode(record, open_rgb(record.image)))
-        except Exception:
-            continue  # The run itself will list it, with its reason.
-        if len(encoded) == 1:
-            _check_image(target, record, encoded[0])
-        if len(encoded) == 8:
-            break
-    if not encoded:
-        return set()
+    sample = _that_run(target, records)
+    encoded = [each for _, each in sample]
+    _check_image(target, *sample[0])
     if target.has_adapter:
         _check_adapter(target, encoded[0])
     _check_batches(target, engine, encoded, size)
     if engine is None:
         return set()
     return engine.unreached([target.collate([record]) for record in encoded])
+
+
+def _that_run(
+    target: GenerativeTarget, records: Sequence[Record]
+) -> list[tuple[Record, EncodedRecord]]:
+    """The first eight records that the model takes, alone, with a finite result."""
+    found: list[tuple[Record, EncodedRecord]] = []
+    reasons: list[str] = []
+    for record in records[:_TRIED]:
+        try:
+            encoded = target.encode(record, open_rgb(record.image))
+            (answer,) = _answer(target, target.collate([encoded]))
+        except (UserError, RuntimeError, ValueError, IndexError, TypeError) as error:
+            # The run itself will list it; here its reason matters only if all fail.
+            reasons.append(str(error))
+            continue
+        if not bool(answer.isnan().any()):
+            found.append((record, encoded))
+        if len(found) == _SAMPLE:
+            break
+    if not found:
+        reason = reasons[0] if reasons else "its probabilities are not numbers"
+        raise UserError(f"no record can be given to the model. First: {reason}", target.name)
+    return found
 
 
 def _check_image(target: GenerativeTarget, record: Record, encoded: EncodedRecord) -> None:

@@ -17,8 +17,8 @@ TIERS = {
     "none": ("None", "No test counts here: the reasons below forbid an answer."),
     "observational": (
         "Observational",
-        "Nobody drew lots between suspects and controls. What can be seen in the records "
-        "themselves was measured and adjusted for; what cannot be seen was not.",
+        "No random draw between suspects and controls can be relied on. What can be seen in the "
+        "records themselves was measured and adjusted for; what cannot be seen was not.",
     ),
     "held_out": (
         "Held-out",
@@ -99,8 +99,8 @@ def _not_shown_exposed(verdict: Verdict) -> list[str]:
 def _not_shown_no_evidence(verdict: Verdict) -> list[str]:
     return [
         "That the model was not trained on the suspects. Absence of a trace is not absence.",
-        f"Effects smaller than AUC {verdict.validity.power.min_detectable_auc:.3f}: these would "
-        "often be missed, as when few of the suspects were used, or were seen once among very "
+        f"Effects smaller than AUC {verdict.validity.power.min_detectable_auc:.3f}: these may be "
+        "missed, as when few of the suspects were used, or were seen once among very "
         "many.",
         "Anything about another model, or another version of this one: what was audited is the "
         "set of weights whose hash is recorded below.",
@@ -275,6 +275,17 @@ def about_records(verdict: Verdict, claims: Claims) -> list[str]:
             "differences between the two."
         )
     return said
+
+
+def registration(verdict: Verdict, registered: str) -> str:
+    """Whether the signal that carries the verdict was named before anything was measured."""
+    signal = verdict.primary.signal
+    if signal == registered:
+        return f"The signal that carries the verdict, {signal}, was named before the measuring."
+    return (
+        f"Beware: {registered} was named before the measuring, and this verdict is carried by "
+        f"{signal}, which was put in its place afterwards. Its p-value is not what it seems."
+    )
 
 
 def declared(design: Design) -> str:

@@ -33,8 +33,12 @@ class Cutoffs(_Part):
 
     alpha: float = Field(0.01, gt=0, lt=0.5, description="level of the test that counts")
     blind_refuse: float = Field(0.90, description="blind AUC from which nothing can be said")
-    blind_held_out: float = Field(0.55, description="largest upper end for a held-out design")
-    detectable_auc: float = Field(0.60, description="no_evidence needs power for this AUC")
+    blind_held_out: float = Field(
+        0.55, description="largest upper end of the blind AUC interval for a held-out design"
+    )
+    detectable_auc: float = Field(
+        0.60, description="AUC that must be detectable before a null result means anything"
+    )
     fewest_records: int = Field(20, description="fewest scored records on each side")
     lopsided_failures: float = Field(0.05, description="largest difference in failure rates")
 
@@ -248,13 +252,17 @@ def decide(
         )
     name = "permutation test" if test == "permutation" else "test adjusted for what differs"
     if p_value <= cutoffs.alpha:
-        reasons.append(f"The {name} rejects chance: p = {p_value:.2g} ≤ {cutoffs.alpha:g}.")
+        reasons.append(
+            f"The {name} rejects chance: {_p(p_value)}, at a level of {cutoffs.alpha:g}."
+        )
         return Decision("exposed", tier, tuple(reasons), test)
-    reasons.append(f"The {name} does not reject chance: p = {p_value:.2g} > {cutoffs.alpha:g}.")
+    reasons.append(
+        f"The {name} does not reject chance: {_p(p_value)}, at a level of {cutoffs.alpha:g}."
+    )
     detectable = validity.power.min_detectable_auc
     if detectable is not None and detectable <= cutoffs.detectable_auc:
         reasons.append(
-            f"An effect of AUC {detectable:.3f} or more would have been found with 90 % "
+            f"An effect of AUC {detectable:.3f} or more would have been found with 90 % "
             "probability: no evidence at this power, which is not the same as not trained on."
         )
         return Decision("no_evidence", tier, tuple(reasons), test)
@@ -290,8 +298,8 @@ def _forbidding(
         )
     if validity.duplicates:
         found.append(
-            f"{validity.duplicates} record(s) stand on both sides, alike or nearly so: remove "
-            "them from one side and run again."
+            f"{validity.duplicates} pair(s) of records stand on both sides, alike or nearly so: "
+            "remove them from one side and run again, or use --drop-duplicates."
         )
     if validity.blind_auc is None:
         found.append("The two sets are too small to check whether they differ by themselves.")
@@ -299,7 +307,7 @@ def _forbidding(
         found.append(
             "The two sets can be told apart without the model (blind AUC "
             f"{validity.blind_auc:.3f}), so no score of the model can be blamed on training. "
-            + " ".join(each.sentence for each in validity.differences[:3])
+            + " ".join(_as_sentence(each.sentence) for each in validity.differences[:3])
         )
     if primary.auc is None:
         found.append("The primary signal could not be computed.")
@@ -314,7 +322,7 @@ def _tier(
     if validity.blind_auc is None or validity.blind_auc_ci95 is None:
         return "none", "residual", []
     low, high = validity.blind_auc_ci95
-    blind = f"blind AUC {validity.blind_auc:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    blind = f"blind AUC {validity.blind_auc:.3f}, 95 % interval {low:.3f} to {high:.3f}"
     adjusted = "the test adjusts for what can be seen without the model."
     if design == "randomised":
         if low <= 0.5:
@@ -336,3 +344,12 @@ def _tier(
             ],
         )
     return "observational", "residual", [f"No random design was declared ({blind}): {adjusted}"]
+
+
+def _p(value: float) -> str:
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+def _as_sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith(".") else f"{text}."
