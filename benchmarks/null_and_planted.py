@@ -2,9 +2,9 @@
 
     python benchmarks/null_and_planted.py
 
-One lab target (`captions-tiny`). Null: suspects and controls are two random halves of records that
-the model never saw, so every `exposed` is false. Planted: suspects are random members. Each audit is
-complete, from records files to verdict; results go to benchmarks/results/null_and_planted.json.
+One lab target (`captions-tiny`). Null: suspects and controls are two random draws of records that
+the model never saw, so every `exposed` is false. Planted: suspects are random members. Each audit
+is complete, from records files to verdict; results go to benchmarks/results/null_and_planted.json.
 """
 
 from __future__ import annotations

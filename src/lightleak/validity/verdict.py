@@ -34,11 +34,9 @@ class Cutoffs(_Part):
     alpha: float = Field(0.01, gt=0, lt=0.5, description="level of the test that counts")
     blind_refuse: float = Field(0.90, description="blind AUC from which nothing can be said")
     blind_held_out: float = Field(
-        0.55, description="largest upper end of the blind AUC interval for a held-out design"
+        0.55, description="largest upper end of the blind interval in a hold-out"
     )
-    detectable_auc: float = Field(
-        0.60, description="AUC that must be detectable before a null result means anything"
-    )
+    detectable_auc: float = Field(0.60, description="AUC to be detectable for a null to count")
     fewest_records: int = Field(20, description="fewest scored records on each side")
     lopsided_failures: float = Field(0.05, description="largest difference in failure rates")
 
@@ -251,14 +249,11 @@ def decide(
             "as it is and never turned round."
         )
     name = "permutation test" if test == "permutation" else "test adjusted for what differs"
+    level = f"{_p(p_value)}, at a level of {cutoffs.alpha:g}"
     if p_value <= cutoffs.alpha:
-        reasons.append(
-            f"The {name} rejects chance: {_p(p_value)}, at a level of {cutoffs.alpha:g}."
-        )
+        reasons.append(f"The {name} rejects chance: {level}.")
         return Decision("exposed", tier, tuple(reasons), test)
-    reasons.append(
-        f"The {name} does not reject chance: {_p(p_value)}, at a level of {cutoffs.alpha:g}."
-    )
+    reasons.append(f"The {name} does not reject chance: {level}.")
     detectable = validity.power.min_detectable_auc
     if detectable is not None and detectable <= cutoffs.detectable_auc:
         reasons.append(
