@@ -29,6 +29,7 @@ def audit(
     options: Mapping[str, Mapping[str, Any]] | Iterable[str] = (),
     progress: Progress | None = None,
     command: str | None = None,
+    credit: str | None = None,
     **settings: Any,
 ) -> Verdict:
     """Was the target trained on the suspects?
@@ -43,6 +44,7 @@ def audit(
         options: of signals, {"mink": {"k": 0.1}} or ["mink.k=0.1"].
         progress: shows how far it is.
         command: what the manifest says was run.
+        credit: whom the report names for the records, where their licence asks for it.
         settings: any other attribute of `AuditSettings`.
 
     Returns:
@@ -73,6 +75,7 @@ def audit(
         "target": {"name": model.name, "dtype": str(model.dtype), "device": str(model.device)},
         "hashes": {**model.hashes, **{f"{k} records": v for k, v in sides.hashes.items()}},
         "versions": _versions(),
+        "credit": credit,
         "host": {"system": platform.platform(), "processor": platform.machine()},
         "started": _now(),
         "finished": None,

@@ -51,6 +51,7 @@ def demo(
             seed=seed,
             progress=bars,
             command=f"lightleak demo --seed {seed}",
+            credit=lab.ATTRIBUTION,
         )
         pages.append(report(run, show_images=True))
         show(verdict, pages[-1], title)
