@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format schema clean
 
 demo: $(READY)
 	$(BIN)/lightleak demo --out lightleak-demo --no-open
@@ -22,6 +22,12 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix src tests benchmarks
 	$(BIN)/ruff format src tests benchmarks
+
+# verdict.json's JSON Schema follows the classes that write it; a test holds them together.
+schema: $(READY)
+	$(BIN)/python -c "import json; from lightleak.validity import Verdict; \
+	print(json.dumps(Verdict.model_json_schema(mode='serialization'), indent=2))" \
+	> src/lightleak/validity/verdict.schema.json
 
 clean:
 	rm -rf $(VENV) lightleak-demo

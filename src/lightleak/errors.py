@@ -13,11 +13,14 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, where: str = "", what_to_do: str = "") -> None:
-        self.what = " ".join(what.split())
-        self.where = " ".join(where.split())
-        self.what_to_do = " ".join(what_to_do.split())
+        self.what, self.where, self.what_to_do = map(_one_line, (what, where, what_to_do))
         super().__init__(str(self))
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         return f"{line}. {self.what_to_do}" if self.what_to_do else line
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks and without characters that could steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

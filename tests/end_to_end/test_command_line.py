@@ -219,6 +219,35 @@ class TestResuming:
         assert "another suspect records" in one_line("audit", *flat(arguments))
         assert (arguments["--out"] / "manifest.json").read_bytes() == before
 
+    def test_a_decision_cannot_be_changed_after_the_result_was_seen(
+        self, arguments, lightleak, one_line
+    ):
+        lightleak("audit", *flat(arguments))
+        line = one_line("audit", *flat(arguments | {"--alpha": "0.2"}))
+        assert "registered with another cutoffs" in line
+        assert Run(arguments["--out"]).manifest()["settings"]["cutoffs"]["alpha"] == 0.01
+
+    def test_lost_evidence_is_not_judged(self, arguments, lightleak, one_line, tmp_path):
+        lightleak("audit", *flat(arguments))
+        (tmp_path / "run" / "evidence" / "part-00000.parquet").unlink()
+        assert "no evidence yet" in one_line("report", tmp_path / "run")
+
+    def test_a_damaged_part_is_measured_again(self, arguments, lightleak, one_line, tmp_path):
+        lightleak("audit", *flat(arguments))
+        run = tmp_path / "run"
+        before = pq.read_table(run / "scores.parquet")
+        part = run / "evidence" / "part-00000.parquet"
+        part.write_bytes(part.read_bytes()[:50])
+        assert "damaged" in one_line("report", run)
+        code, _, _ = lightleak("audit", *flat(arguments))
+        assert code == 0
+        assert pq.read_table(run / "scores.parquet").equals(before)
+
+    def test_what_a_kill_left_of_a_file_does_not_stand_in_the_way(self, arguments, lightleak):
+        arguments["--out"].mkdir()
+        (arguments["--out"] / ".manifest.json.12345").write_text("{")
+        assert lightleak("audit", *flat(arguments))[0] == 0
+
 
 class TestOneBadRecord:
     @pytest.mark.parametrize(
@@ -292,9 +321,82 @@ class TestMistakes:
         arguments["--target"] = broken
         assert str(broken) in one_line("audit", *flat(arguments))
 
+    def test_a_checkpoint_with_missing_tensors(self, arguments, one_line, tmp_path, lab_tiny):
+        import shutil
+
+        import safetensors.torch
+
+        broken = tmp_path / "broken"
+        shutil.copytree(lab_tiny.target, broken)
+        tensors = safetensors.torch.load_file(broken / "model.safetensors")
+        tensors.pop(max(tensors, key=lambda name: tensors[name].numel()))
+        metadata = {"format": "pt"}
+        safetensors.torch.save_file(tensors, broken / "model.safetensors", metadata=metadata)
+        arguments["--target"] = broken
+        assert "1 tensor(s) are missing" in one_line("audit", *flat(arguments))
+
+    def test_half_an_adapter(self, arguments, one_line, tmp_path, lab_lora):
+        import shutil
+
+        import safetensors.torch
+
+        half = tmp_path / "half"
+        shutil.copytree(lab_lora.adapter, half)
+        tensors = safetensors.torch.load_file(half / "adapter_model.safetensors")
+        kept = dict(list(tensors.items())[::2])
+        safetensors.torch.save_file(kept, half / "adapter_model.safetensors")
+        given = {"--target": lab_lora.target, "--adapter": half}
+        assert "does not fit" in one_line("audit", *flat(arguments | given))
+
+    def test_an_adapter_never_fetches_the_base_that_it_names(
+        self, arguments, one_line, tmp_path, lab_lora
+    ):
+        import shutil
+
+        adapter = tmp_path / "adapter"
+        shutil.copytree(lab_lora.adapter, adapter)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "somebody/model"
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        line = one_line("audit", *flat(arguments | {"--target": adapter}))
+        assert "somebody/model" in line
+        assert "--base" in line
+
+    def test_a_pickled_adapter_beside_a_decoy(self, arguments, one_line, tmp_path, lab_lora):
+        import shutil
+
+        adapter = tmp_path / "adapter"
+        shutil.copytree(lab_lora.adapter, adapter)
+        (adapter / "adapter_model.safetensors").rename(adapter / "decoy.safetensors")
+        (adapter / "adapter_model.bin").write_bytes(b"")
+        given = {"--target": lab_lora.target, "--adapter": adapter}
+        assert "pickled" in one_line("audit", *flat(arguments | given))
+
+    def test_audited_records_that_calibrate_allow_no_answer(self, arguments, lightleak, tmp_path):
+        arguments |= {
+            "--protocol": "split",
+            "--calibration-members": arguments["--suspect"],
+            "--calibration-nonmembers": arguments["--control"],
+        }
+        code, _, _ = lightleak("audit", *flat(arguments))
+        verdict = Verdict.read(tmp_path / "run" / "verdict.json")
+        assert code == 0
+        assert (verdict.verdict, verdict.validity.duplicates) == ("inconclusive", 48)
+        assert "calibration" in verdict.validity.duplicate_pairs[0].kind
+
+    def test_three_records_a_side_are_no_error(self, arguments, lightleak, subset, lab_tiny):
+        arguments["--suspect"] = subset(lab_tiny.members, "three", 0, 3)
+        arguments["--control"] = subset(lab_tiny.nonmembers, "others", 0, 3)
+        code, _, errors = lightleak("audit", *flat(arguments | {"--signals": "all"}))
+        assert code == 0, errors
+        assert Verdict.read(arguments["--out"] / "verdict.json").verdict == "inconclusive"
+
     @pytest.mark.parametrize(
         ("given", "said"),
         [
+            ({"--seed": "5000000000"}, "--seed"),
+            ({"--cutoff": "blind_refuse=nan"}, "--cutoff blind_refuse"),
+            ({"--set": "mink.k=nan", "--signals": "mink"}, "not a number"),
             ({"--signals": "los"}, "Did you mean loss"),
             ({"--primary": "nothing"}, "nothing"),
             ({"--set": "mink.q=1"}, "no option 'q'"),

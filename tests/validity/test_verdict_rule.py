@@ -35,7 +35,9 @@ def signal(p_value=0.5, auc=0.7, interval=(0.65, 0.75)):
     )
 
 
-def validity(blind=0.5, interval=(0.47, 0.53), duplicates=0, detectable=0.55, controls=()):
+def validity(
+    blind=0.5, interval=(0.47, 0.53), duplicates=0, detectable=0.55, controls=(), groups=300
+):
     return ValidityFinding(
         blind_auc=blind,
         blind_auc_ci95=interval,
@@ -50,7 +52,9 @@ def validity(blind=0.5, interval=(0.47, 0.53), duplicates=0, detectable=0.55, co
         ],
         duplicates=duplicates,
         duplicate_pairs=[],
-        power=PowerFinding(min_detectable_auc=detectable),
+        power=PowerFinding(
+            min_detectable_auc=detectable, suspect_groups=groups, control_groups=300
+        ),
         controls=list(controls),
     )
 
@@ -97,8 +101,9 @@ def test_a_random_draw_that_holds_needs_no_adjustment():
 def test_a_declared_random_draw_that_the_data_contradict_is_not_believed():
     shifted = {"blind": 0.62, "interval": (0.57, 0.67)}
     result = decided("randomised", permutation=1e-9, adjusted=0.3, validity=shifted)
+    # A null under a shift that was adjusted for has a power that nobody knows.
     assert (result.verdict, result.tier, result.test) == (
-        "no_evidence",
+        "inconclusive",
         "observational",
         "residual",
     )
@@ -107,8 +112,15 @@ def test_a_declared_random_draw_that_the_data_contradict_is_not_believed():
 
 def test_a_hold_out_counts_only_where_a_shift_is_excluded():
     small = {"blind": 0.5, "interval": (0.44, 0.56)}
+    shifted = {"blind": 0.53, "interval": (0.512, 0.548)}
     assert decided("held-out", permutation=1e-4).tier == "held_out"
     assert decided("held-out", permutation=1e-4, validity=small).tier == "observational"
+    assert decided("held-out", permutation=1e-4, validity=shifted).tier == "observational"
+
+
+def test_a_hold_out_is_exposed_only_by_both_tests():
+    assert decided("held-out", permutation=1e-4, adjusted=0.3).verdict == "no_evidence"
+    assert decided("held-out", permutation=1e-4, adjusted=1e-3).verdict == "exposed"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +131,7 @@ def test_a_hold_out_counts_only_where_a_shift_is_excluded():
         ({"validity": {"duplicates": 2}}, "2 pair(s)"),
         ({"coverage": coverage(suspect=(300, 200))}, "Failures fall on one side: 33%"),
         ({"coverage": coverage(control=(12, 12))}, "Only 12 control records"),
+        ({"validity": {"groups": 3}}, "only 3 independent group(s)"),
         ({"primary": signal(None, None, None)}, "could not be computed"),
         (
             {"validity": {"controls": [{"fired": True, "sentence": "The base fires too."}]}},
@@ -146,7 +159,7 @@ def test_no_evidence_needs_power():
 
 def test_a_score_that_points_the_other_way_is_said_and_not_flipped():
     result = decided(primary=signal(0.999, 0.3, (0.25, 0.35)), adjusted=0.999)
-    assert result.verdict == "no_evidence"
+    assert result.verdict == "inconclusive"
     assert any("never turned round" in each for each in result.reasons)
 
 

@@ -131,10 +131,24 @@ def _find_copies(sides: Sides) -> tuple[list[dict[str, str]], Sides]:
     for pair in found.across:
         control, suspect = sorted((chosen[pair.first].id, chosen[pair.second].id))
         pairs.append({"suspect": suspect, "control": control, "kind": pair.kind})
+    pairs += _calibration_copies(sides)
     everyone = list(sides.records)
     for place, group in zip(places, found.groups, strict=True):
         everyone[place] = replace(everyone[place], group=str(group))
     return pairs, replace(sides, records=tuple(everyone))
+
+
+def _calibration_copies(sides: Sides) -> list[dict[str, str]]:
+    """Audited records that calibrate, too: they would be scored by what was fitted on them."""
+    if sides.audited.all():
+        return []
+    pairs = []
+    for pair in find_duplicates(sides.records, sides.audited).across:
+        first, second = (sides.records[i].id for i in (pair.first, pair.second))
+        audited, other = (first, second) if sides.audited[pair.first] else (second, first)
+        kind = f"{pair.kind} as a calibration record"
+        pairs.append({"suspect": audited, "control": other, "kind": kind})
+    return pairs
 
 
 def _store_blind(

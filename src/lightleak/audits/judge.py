@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lightleak import signals
 from lightleak import statistics as st
 from lightleak.audits.settings import AuditSettings
+from lightleak.errors import UserError
 from lightleak.evidence.readings import (
     Floats,
     GradientNorms,
@@ -79,11 +80,24 @@ def judge(run: Run, progress: Progress | None = None) -> Verdict:
     Raises:
         UserError: the run has no complete evidence yet.
     """
+    try:
+        return _judge(run, progress or Silent())
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError, AttributeError) as error:
+        if _intact(run):
+            raise
+        raise UserError(
+            f"what it stores is damaged ({str(error).partition(chr(10))[0]})",
+            str(run.folder),
+            "Delete the damaged file and run the same audit again.",
+        ) from error
+
+
+def _judge(run: Run, progress: Progress) -> Verdict:
     settings = AuditSettings.read(**run.manifest()["settings"])
     measured = load(run)
     scores: dict[str, Floats] = {}
     findings: dict[str, SignalFinding] = {}
-    with (progress or Silent()).stage("Scoring and testing", len(settings.signals) + 1) as advance:
+    with progress.stage("Scoring and testing", len(settings.signals) + 1) as advance:
         for name in settings.signals:
             scores[name] = score(run, settings, measured, name)
             findings[name] = _finding(settings, measured, name, scores[name])
@@ -98,14 +112,40 @@ def judge(run: Run, progress: Progress | None = None) -> Verdict:
     return verdict
 
 
+def _intact(run: Run) -> bool:
+    """Whether every stored file can be read, so that an error while judging is our own."""
+    needed = {run.manifest_file: "settings", run.evidence / "duplicates.json": "across"}
+    try:
+        for file in run.evidence.glob("*.parquet"):
+            pq.read_table(file)
+        read_json(run.evidence / "blind.json")
+        return all(key in read_json(file) for file, key in needed.items())
+    except (pa.ArrowInvalid, OSError, UserError):
+        return False
+
+
 def load(run: Run) -> Measured:
     """Evidence and records of a run, side by side."""
     about = pq.read_table(run.evidence / "records.parquet").to_pydict()
+    failed = {
+        key
+        for file in run.evidence.glob("failed-*.parquet")
+        for key in pq.read_table(file)["id"].to_pylist()
+    }
     place = {key: i for i, key in enumerate(about["id"])}
     files = sorted(run.evidence.glob("part-*.parquet"))
+    if not files:
+        raise UserError("it holds no evidence yet", str(run.folder), "Run the same audit again.")
     columns = [n for n in pq.read_schema(files[0]).names if n not in _SLICES]
     table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
     ids = table["id"].to_pylist()
+    missing = set(place) - set(ids) - failed
+    if missing:
+        raise UserError(
+            f"its evidence is not complete: {len(missing)} record(s) are missing",
+            str(run.folder),
+            "Run the same audit again: it goes on where it was.",
+        )
     rows = [place[key] for key in ids]
 
     def slice_parts() -> Iterator[pa.Table]:
@@ -169,8 +209,13 @@ class Compared:
     rows: NDArray[np.int64]
 
     def enough(self, fewest: int = 2) -> bool:
-        """Whether both sides have something to compare."""
-        return bool(min(self.suspect.sum(), (~self.suspect).sum()) >= fewest)
+        """Whether both sides have so many groups, so that there is something to compare."""
+        return min(self.n_groups) >= fewest
+
+    @property
+    def n_groups(self) -> tuple[int, int]:
+        """Groups among the suspects and among the controls."""
+        return len(set(self.groups[self.suspect])), len(set(self.groups[~self.suspect]))
 
 
 def compared(measured: Measured, scores: Floats) -> Compared:
@@ -201,6 +246,8 @@ def _finding(
 ) -> SignalFinding:
     signal = signals.get(name)
     data = compared(measured, scores)
+    if len(set(data.scores.tolist())) < 2:
+        data = compared(measured, np.full(len(scores), np.nan))  # Nothing to rank.
     unscorable = int((measured.audited & ~np.isfinite(scores)).sum())
     area = interval = p_value = None
     rates: dict[str, RateAtFpr | None] = dict.fromkeys(FALSE_POSITIVE_RATES)
@@ -229,7 +276,7 @@ def _finding(
                 part.scores, part.suspect, groups=part.groups, seed=settings.seed
             ),
         )
-        for rate in FALSE_POSITIVE_RATES:
+        for rate in FALSE_POSITIVE_RATES if _in_every_fold(data) else ():
             point = st.tpr_at_fpr_across_folds(
                 s[y], s[~y], data.folds[y], data.folds[~y], float(rate)
             )
@@ -253,6 +300,12 @@ def _finding(
         n_unscorable=unscorable,
         source=signal.source,
         options=settings.options_of(name),
+    )
+
+
+def _in_every_fold(data: Compared) -> bool:
+    return all(
+        len(set(data.suspect[data.folds == k].tolist())) == 2 for k in set(data.folds.tolist())
     )
 
 
@@ -306,7 +359,7 @@ def _verdict(
     data = compared(measured, scores)
     n_suspect, n_control = int(data.suspect.sum()), int((~data.suspect).sum())
     coverage = _coverage(run, data)
-    validity = _validity(run, settings, n_suspect, n_control)
+    validity = _validity(run, settings, data)
     adjusted = _adjusted_p(run, settings, measured, data)
     decision = decide(
         design=settings.design,
@@ -376,14 +429,26 @@ def _coverage(run: Run, data: Compared) -> Coverage:
     )
 
 
-def _validity(run: Run, settings: AuditSettings, n_suspect: int, n_control: int) -> ValidityFinding:
+def _detectable_auc(settings: AuditSettings, data: Compared) -> float | None:
+    """The smallest AUC found with 90 % probability, by the number of groups.
+
+    Where folds were crossed, each has its share of the groups, and twice their median p-value
+    rejects when they do at half the level.
+    """
+    suspects, controls, alpha = *data.n_groups, settings.cutoffs.alpha
+    if crosses_folds(settings, settings.primary):
+        suspects, controls = suspects // settings.folds, controls // settings.folds
+        alpha /= 2
+    if min(suspects, controls) < 2:
+        return None
+    smallest = st.minimum_detectable_auc(suspects, controls, alpha)
+    return smallest if np.isfinite(smallest) else None
+
+
+def _validity(run: Run, settings: AuditSettings, data: Compared) -> ValidityFinding:
     blind = read_json(run.evidence / "blind.json")
     pairs = read_json(run.evidence / "duplicates.json")["across"]
     joint = blind.get("joint", {"auc": None, "auc_ci95": None})
-    detectable: float | None = None
-    if min(n_suspect, n_control) >= 2:
-        smallest = st.minimum_detectable_auc(n_suspect, n_control, settings.cutoffs.alpha)
-        detectable = smallest if np.isfinite(smallest) else None
     return ValidityFinding(
         blind_auc=joint["auc"],
         blind_auc_ci95=joint["auc_ci95"],
@@ -395,7 +460,11 @@ def _validity(run: Run, settings: AuditSettings, n_suspect: int, n_control: int)
         differences=[DifferenceFinding(**each) for each in blind.get("differences", [])],
         duplicates=len(pairs),
         duplicate_pairs=[DuplicateFinding(**pair) for pair in pairs],
-        power=PowerFinding(min_detectable_auc=detectable),
+        power=PowerFinding(
+            min_detectable_auc=_detectable_auc(settings, data),
+            suspect_groups=data.n_groups[0],
+            control_groups=data.n_groups[1],
+        ),
         controls=[],
     )
 

@@ -16,8 +16,12 @@ from lightleak import signals
 from lightleak.audits.gather import claim, gather, load_target, read_sides
 from lightleak.audits.judge import judge
 from lightleak.audits.settings import AuditSettings
+from lightleak.errors import UserError
 from lightleak.runs import Progress, Run, Silent, write_json
 from lightleak.validity import Verdict
+
+# What may not change once the run has been looked at; paths and devices may.
+_REGISTERED = ("primary", "design", "cutoffs", "signals", "options", "protocol", "folds", "seed")
 
 
 def audit(
@@ -68,6 +72,7 @@ def audit(
         model = load_target(chosen)
         advance(1)
     claim(run, chosen, model, sides)
+    started = _registered(run, chosen)
     manifest = {
         "command": command or "lightleak.audit(…)",
         "settings": chosen.model_dump(mode="json"),
@@ -77,7 +82,7 @@ def audit(
         "versions": _versions(),
         "credit": credit,
         "host": {"system": platform.platform(), "processor": platform.machine()},
-        "started": _now(),
+        "started": started,
         "finished": None,
     }
     write_json(run.manifest_file, manifest)
@@ -85,6 +90,27 @@ def audit(
     verdict = judge(run, progress)
     write_json(run.manifest_file, {**manifest, "finished": _now()})
     return verdict
+
+
+def _registered(run: Run, chosen: AuditSettings) -> str:
+    """When this run was first started; its settings stand from then on.
+
+    Raises:
+        UserError: the run was registered with other settings. Changing them after a look at the
+            result would make the pre-registration worth nothing.
+    """
+    if not run.manifest_file.is_file():
+        return _now()
+    manifest = run.manifest()
+    before, now = manifest.get("settings", {}), chosen.model_dump(mode="json")
+    changed = sorted(key for key in _REGISTERED if before.get(key) != now[key])
+    if changed:
+        raise UserError(
+            f"this run was registered with another {', '.join(changed).replace('_', ' ')}",
+            str(run.folder),
+            "Give --out another folder; this one keeps what was decided beforehand.",
+        )
+    return str(manifest["started"])
 
 
 def _versions() -> dict[str, str]:

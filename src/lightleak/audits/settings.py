@@ -48,7 +48,7 @@ class AuditSettings(BaseModel):
     protocol: Literal["crossfit", "split"] = "crossfit"
     design: Design = "observational"
     folds: int = Field(2, ge=2, le=20)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = Field(None, ge=1)
@@ -71,7 +71,10 @@ class AuditSettings(BaseModel):
             return AuditSettings(**given)
         except ValidationError as error:
             first = error.errors()[0]
-            where = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+            name, *inner = (str(part) for part in first["loc"] or ("",))
+            where = f"--{name}".replace("_", "-")
+            if name == "cutoffs":
+                where = "--alpha" if inner == ["alpha"] else f"--cutoff {' '.join(inner)}"
             message = str(first["msg"]).removeprefix("Value error, ")
             raise UserError(message, where if first["loc"] else "") from error
 

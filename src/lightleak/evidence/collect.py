@@ -60,8 +60,8 @@ def encode(target: GenerativeTarget, records: Iterable[Record]) -> Encoded:
             ready.append(target.encode(record, open_rgb(record.image)))
         except UserError as error:
             failures.append(Failure(record.id, "encode", str(error)))
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            # Processors refuse in many ways (an image one pixel high, say): the run goes on.
+        except Exception as error:
+            # Processors and templates refuse in any way they like; the record says which.
             failures.append(Failure(record.id, "encode", _one_line(error)))
     return Encoded(tuple(ready), tuple(failures))
 

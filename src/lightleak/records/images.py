@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lightleak.errors import UserError
 
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 30
 """Width × height above which an image is refused, read from its header before any decoding."""
 
 # Only raster formats that Pillow decodes by itself: others (EPS) would start outside programs on
@@ -33,6 +34,10 @@ def image_bytes(source: Path | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
+        if source.stat().st_size > MAX_BYTES:
+            raise UserError(
+                f"the image file holds more than {MAX_BYTES >> 20} MiB", _name(source), "Shrink it."
+            )
         return source.read_bytes()
     except OSError as error:
         raise UserError(

@@ -32,8 +32,12 @@ class Run:
         """
         run = Run(Path(folder))
         try:
-            run.evidence.mkdir(parents=True, exist_ok=True)
-            strangers = [p.name for p in run.folder.iterdir() if p.name not in _FILES]
+            run.folder.mkdir(parents=True, exist_ok=True)
+            # A name with a dot in front is what a kill leaves of a file that was being written.
+            names = [p.name for p in run.folder.iterdir() if not p.name.startswith(".")]
+            strangers = [name for name in names if name not in _FILES]
+            if not strangers:
+                run.evidence.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"the run folder cannot be written ({error.strerror})", str(folder)
@@ -129,7 +133,7 @@ class EvidenceStore:
         """
         file = folder / "fingerprint.json"
         if file.is_file():
-            stored = read_json(file)["decides"]
+            stored = read_json(file).get("decides", {})
             changed = [key for key in {**stored, **decides} if stored.get(key) != decides.get(key)]
             if json.loads(json.dumps(decides)) != stored:
                 raise UserError(
@@ -144,19 +148,23 @@ class EvidenceStore:
     def part(self, stage: str, index: int, make: Callable[[], pa.Table]) -> pa.Table:
         """The part `index` of a stage: read if it is there and whole, else made and written."""
         file = self._file(stage, index)
-        if file.is_file():
-            try:
-                return pq.read_table(file)
-            except (pa.ArrowInvalid, OSError):
-                # A torn file can only come from outside: parts are moved into place whole.
-                file.unlink()
+        if self.has(stage, index):
+            return pq.read_table(file)
         table = make()
         write_table(file, table)
         return table
 
     def has(self, stage: str, index: int) -> bool:
-        """Whether the part is there."""
-        return self._file(stage, index).is_file()
+        """Whether the part is there and whole; a torn one is removed."""
+        file = self._file(stage, index)
+        try:
+            pq.read_metadata(file)
+        except FileNotFoundError:
+            return False
+        except (pa.ArrowInvalid, OSError):
+            file.unlink()
+            return False
+        return True
 
     def parts(self, stage: str) -> Iterator[pa.Table]:
         """The parts of a stage in order, one at a time."""
@@ -207,7 +215,9 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"it cannot be read ({error})", str(file)) from error
+    if not isinstance(content, dict):
+        raise UserError("it holds no JSON object", str(file), "Is it damaged?")
     return content

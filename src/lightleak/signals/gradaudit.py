@@ -29,7 +29,7 @@ _LEAST_SHARE = 0.20
     needs=GradientSlices,
     source="arXiv:2606.24774",
     fitted=True,
-    unscorable="the mask kept no slice",
+    unscorable="the mask kept no slice, or the reference is of a single record",
 )
 def gradaudit(
     slices: GradientSlices,
@@ -54,6 +54,8 @@ def gradaudit(
     )
     scores = np.full(slices.n_records, np.nan)
     for k, fit in enumerate(fits):
+        if rule.leave_one_out and slices.reference_sizes[k] < 2:
+            continue  # Nothing is left of a reference of one.
         members = cosine_sums(slices, fit.members, k, rule.leave_one_out)
         nonmembers = cosine_sums(slices, fit.nonmembers, k, rule.leave_one_out)
         kept = sensitive(slices.axes, members.mean - nonmembers.mean, rule)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -176,7 +177,10 @@ def _convert(value: str, annotation: Any, assignment: str) -> Any:
             raise UserError(f"{value!r} is not one of {', '.join(choices)}", f"--set {assignment}")
         return value
     try:
-        return kind(value)
+        number = kind(value)
+        if not math.isfinite(number):
+            raise ValueError(value)
+        return number
     except ValueError as error:
         raise UserError(
             f"{value!r} is not a number", f"--set {assignment}", f"Give a {kind.__name__}."

@@ -62,15 +62,24 @@ def load(
             an adapter that does not fit.
     """
     folder = _resolve(target)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and (folder / "config.json").is_file():
+        raise UserError(
+            "it holds both a model and an adapter",
+            str(target),
+            "Put the adapter in a folder of its own and give it with --adapter.",
+        )
+    if is_adapter:
         if adapter is not None:
             raise UserError(
                 "the target is an adapter already", str(target), "Give one adapter, not two."
             )
         adapter, folder = folder, _resolve(base or _named_base(folder))
     adapter_folder = None if adapter is None else _resolve(adapter)
-    for each in filter(None, (folder, adapter_folder)):
-        _refuse_pickle(each, allow_pickle)
+    _refuse_pickle(folder, "*.safetensors", allow_pickle)
+    if adapter_folder is not None:
+        # By its name: peft takes a pickle beside any other safetensors file.
+        _refuse_pickle(adapter_folder, "adapter_model.safetensors", allow_pickle)
     where = torch.device(_choose_device(device))
     model = _load_model(folder, dtype, where, trust_remote_code, allow_pickle)
     if adapter_folder is not None:
@@ -108,15 +117,29 @@ def _resolve(name: str | Path) -> Path:
 
 
 def _named_base(adapter: Path) -> str:
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    name = settings.get("base_model_name_or_path")
-    if not name:
-        raise UserError("the adapter does not name its base", str(adapter), "Give it with --base.")
+    """The base that an adapter's own configuration names; a folder here, never a hub id.
+
+    Nobody gave that name, so nothing may be fetched for it.
+    """
+    try:
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        name = settings.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"its adapter_config.json cannot be read ({_first_line(error)})", str(adapter)
+        ) from error
+    if not name or not Path(name).is_dir():
+        named = (
+            f"the adapter names the base {name!r}, which is no folder here"
+            if name
+            else ("the adapter does not name its base")
+        )
+        raise UserError(named, str(adapter), "Give its base with --base.")
     return str(name)
 
 
-def _refuse_pickle(folder: Path, allowed: bool) -> None:
-    if allowed or any(folder.glob("*.safetensors")):
+def _refuse_pickle(folder: Path, weights: str, allowed: bool) -> None:
+    if allowed or any(folder.glob(weights)):
         return
     if any(next(folder.glob(pattern), None) for pattern in _PICKLED):
         raise UserError(
@@ -148,8 +171,9 @@ def _load_model(
         raise UserError(f"unknown dtype; choose auto or {', '.join(DTYPES)}", f"--dtype {dtype}")
     try:
         with quiet():
-            model = AutoModelForImageTextToText.from_pretrained(
+            model, loaded = AutoModelForImageTextToText.from_pretrained(
                 folder,
+                output_loading_info=True,
                 dtype=DTYPES.get(dtype, "auto"),
                 trust_remote_code=remote_code,
                 use_safetensors=None if allow_pickle else True,
@@ -163,23 +187,43 @@ def _load_model(
         raise UserError(
             f"transformers could not load it ({message})", str(folder), advice
         ) from error
+    absent = sorted(loaded["missing_keys"]) + sorted(str(k) for k in loaded["mismatched_keys"])
+    if absent:
+        raise UserError(
+            f"its weights are not complete: {len(absent)} tensor(s) are missing or misshapen, "
+            f"{absent[0]} first, and would be drawn at random",
+            str(folder),
+            "Download it again.",
+        )
     if dtype == "auto" and device.type == "cpu" and model.dtype.itemsize < 4:
         model = model.float()
     return model.to(device)
 
 
 def _put_adapter(model: Any, folder: Path, device: torch.device) -> Any:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
 
     try:
         with quiet():
-            return PeftModel.from_pretrained(model, folder, torch_device=str(device))
+            adapted = PeftModel.from_pretrained(model, folder, torch_device=str(device))
+            stored = set(load_peft_weights(str(folder), device="cpu"))
+            expected = set(get_peft_model_state_dict(adapted))
     except Exception as error:
         raise UserError(
             f"the adapter does not fit the model ({_first_line(error)})",
             str(folder),
             "Give the base that it was trained on.",
         ) from error
+    if stored != expected:
+        odd = sorted(stored ^ expected)
+        raise UserError(
+            f"the adapter does not fit the model: {len(odd)} tensor(s) stand in one of them only, "
+            f"{odd[0]} first",
+            str(folder),
+            "Give the base that it was trained on, and the whole adapter.",
+        )
+    return adapted
 
 
 def _load_processor(folder: Path, remote_code: bool) -> Any:

@@ -25,20 +25,28 @@ Range = tuple[float, float]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Cutoffs(_Part):
     """The numbers that the rule turns on; recorded in the manifest and printed with the verdict."""
 
     alpha: float = Field(0.01, gt=0, lt=0.5, description="level of the test that counts")
-    blind_refuse: float = Field(0.90, description="blind AUC from which nothing can be said")
-    blind_held_out: float = Field(
-        0.55, description="largest upper end of the blind interval in a hold-out"
+    blind_refuse: float = Field(
+        0.90, gt=0.5, le=1, description="blind AUC from which nothing can be said"
     )
-    detectable_auc: float = Field(0.60, description="AUC to be detectable for a null to count")
-    fewest_records: int = Field(20, description="fewest scored records on each side")
-    lopsided_failures: float = Field(0.05, description="largest difference in failure rates")
+    blind_held_out: float = Field(
+        0.55, gt=0.5, le=1, description="largest upper end of the blind interval in a hold-out"
+    )
+    detectable_auc: float = Field(
+        0.60, gt=0.5, lt=1, description="AUC to be detectable for a null to count"
+    )
+    fewest_records: int = Field(
+        20, ge=2, description="fewest scored records, and groups of them, on each side"
+    )
+    lopsided_failures: float = Field(
+        0.05, ge=0, le=1, description="largest difference in failure rates"
+    )
 
 
 class RateAtFpr(_Part):
@@ -102,9 +110,14 @@ class DuplicateFinding(_Part):
 
 
 class PowerFinding(_Part):
-    """What the sizes of the two sides could have detected."""
+    """What the sizes of the two sides could have detected.
+
+    Groups are what is sampled together; a record without one is a group of its own.
+    """
 
     min_detectable_auc: float | None
+    suspect_groups: int
+    control_groups: int
 
 
 class ValidityFinding(_Part):
@@ -239,6 +252,9 @@ def decide(
     if forbidding:
         return Decision("inconclusive", "none", tuple(forbidding), test)
     p_value = primary.p_value if test == "permutation" else primary_p_adjusted
+    if tier == "held_out" and p_value is not None and primary_p_adjusted is not None:
+        # A small shift may hide below the blind interval's end: both tests must reject.
+        p_value = max(p_value, primary_p_adjusted)
     if p_value is None:
         reasons.append("The test that counts could not be computed on these data.")
         return Decision("inconclusive", "none", tuple(reasons), test)
@@ -248,12 +264,19 @@ def decide(
             "direction, an error in the sign, or a difference between the sets. It is reported "
             "as it is and never turned round."
         )
+        return Decision("inconclusive", tier, tuple(reasons), test)
     name = "permutation test" if test == "permutation" else "test adjusted for what differs"
     level = f"{_p(p_value)}, at a level of {cutoffs.alpha:g}"
     if p_value <= cutoffs.alpha:
         reasons.append(f"The {name} rejects chance: {level}.")
         return Decision("exposed", tier, tuple(reasons), test)
     reasons.append(f"The {name} does not reject chance: {level}.")
+    if test == "residual" and validity.blind_auc_ci95 and validity.blind_auc_ci95[0] > 0.5:
+        reasons.append(
+            "The sets differ by themselves, and adjusting for that costs power by an amount that "
+            "is not known: nothing can be read into the absence of an effect."
+        )
+        return Decision("inconclusive", tier, tuple(reasons), test)
     detectable = validity.power.min_detectable_auc
     if detectable is not None and detectable <= cutoffs.detectable_auc:
         reasons.append(
@@ -283,6 +306,15 @@ def _forbidding(
         if counts.scored < cutoffs.fewest_records:
             found.append(
                 f"Only {counts.scored} {side} records could be scored; "
+                f"{cutoffs.fewest_records} are the least."
+            )
+    for side, groups in (
+        ("suspect", validity.power.suspect_groups),
+        ("control", validity.power.control_groups),
+    ):
+        if groups < cutoffs.fewest_records:
+            found.append(
+                f"The {side} records are only {groups} independent group(s); "
                 f"{cutoffs.fewest_records} are the least."
             )
     rates = [counts.failed / max(1, counts.attempted) for _, counts in sides]
@@ -328,7 +360,7 @@ def _tier(
             [f"A random draw was declared but the sets differ ({blind}): {adjusted}"],
         )
     if design == "held-out":
-        if high <= cutoffs.blind_held_out:
+        if low <= 0.5 and high <= cutoffs.blind_held_out:
             return "held_out", "permutation", [f"A random hold-out, and no shift found ({blind})."]
         return (
             "observational",
