@@ -169,12 +169,15 @@ class TestVerdicts:
         self, arguments, lightleak, tmp_path
     ):
         config = tmp_path / "audit.toml"
-        config.write_text('signals = "loss,mink"\nalpha = 0.05\nseed = 3\n')
+        config.write_text(
+            'signals = ["loss", "mink"]\nset = ["mink.k=0.5"]\nalpha = 0.05\nseed = 3\n'
+        )
         del arguments["--signals"]
         code, _, _ = lightleak("audit", *flat(arguments), "--config", config, "--seed", "4")
         settings = Run(tmp_path / "run").manifest()["settings"]
         assert code == 0
         assert settings["signals"] == ["loss", "mink"]
+        assert settings["options"] == {"mink": {"k": 0.5}}
         assert settings["cutoffs"]["alpha"] == 0.05
         assert settings["seed"] == 4
 
@@ -395,6 +398,8 @@ class TestMistakes:
         ("given", "said"),
         [
             ({"--seed": "5000000000"}, "--seed"),
+            ({"--signals": " , "}, "no signal is named"),
+            ({"--cutoff": "alpha=0.2"}, "Use --alpha"),
             ({"--cutoff": "blind_refuse=nan"}, "--cutoff blind_refuse"),
             ({"--set": "mink.k=nan", "--signals": "mink"}, "not a number"),
             ({"--signals": "los"}, "Did you mean loss"),

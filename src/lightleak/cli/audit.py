@@ -108,7 +108,7 @@ def audit(
         suspect=suspect,
         control=control,
         out=out,
-        signals=() if signals == "all" else tuple(s.strip() for s in signals.split(",")),
+        signals=_names(signals),
         primary=primary,
         protocol=protocol.value,
         calibration_members=calibration_members,
@@ -138,6 +138,16 @@ def audit(
         )
 
 
+def _names(signals: str) -> tuple[str, ...]:
+    """The signals named; none stands for all."""
+    if signals == "all":
+        return ()
+    names = tuple(name.strip() for name in signals.split(",") if name.strip())
+    if not names:
+        raise UserError("no signal is named", "--signals", "Name some, comma-separated, or all.")
+    return names
+
+
 def _whole(value: str) -> int:
     try:
         return int(value)
@@ -155,4 +165,6 @@ def _cutoffs(assignments: list[str] | tuple[str, ...]) -> dict[str, Any]:
             raise UserError("expected NAME=NUMBER", f"--cutoff {assignment}") from error
         if not equals:
             raise UserError("expected NAME=NUMBER", f"--cutoff {assignment}")
+        if name.strip() == "alpha":
+            raise UserError("the level has an option of its own", "--cutoff alpha", "Use --alpha.")
     return values

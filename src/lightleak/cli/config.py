@@ -19,18 +19,26 @@ def _load(context: typer.Context, file: Path | None) -> Path | None:
         given = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"no configuration can be read from it ({error})", str(file)) from error
-    known = {parameter.name for parameter in context.command.params} - {"config"}
+    known = {
+        str(parameter.name).rstrip("_"): parameter
+        for parameter in context.command.params
+        if parameter.name != "config"
+    }
     values = {}
     for key, value in given.items():
         name = key.replace("-", "_")
         if name not in known:
-            close = difflib.get_close_matches(name, [k for k in known if k], n=1)
+            close = difflib.get_close_matches(name, known, n=1)
             raise UserError(
                 f"{key!r} is no option of this command",
                 str(file),
                 f"Did you mean {close[0].replace('_', '-')}?" if close else "",
             )
-        values[name] = value
+        # `set` is a word of Python, so the parameter behind it ends in an underscore.
+        parameter = known[name]
+        if isinstance(value, list) and not getattr(parameter, "multiple", False):
+            value = ",".join(map(str, value))
+        values[str(parameter.name)] = value
     context.default_map = {**(context.default_map or {}), **values}
     return file
 
