@@ -36,7 +36,6 @@ from lightleak.targets import GenerativeTarget
 from lightleak.validity.blind import blind_baseline
 from lightleak.validity.duplicates import find_duplicates
 
-SIDES = ("suspect", "control", "member", "nonmember")
 _SHARD_RECORDS = 128
 _SHARD_BYTES = 256e6
 

@@ -166,11 +166,6 @@ class EvidenceStore:
             return False
         return True
 
-    def parts(self, stage: str) -> Iterator[pa.Table]:
-        """The parts of a stage in order, one at a time."""
-        for file in sorted(self.folder.glob(f"{stage}-*.parquet")):
-            yield pq.read_table(file)
-
     def _file(self, stage: str, index: int) -> Path:
         return self.folder / f"{stage}-{index:05d}.parquet"
 
