@@ -276,7 +276,15 @@ def _finding(
                 part.scores, part.suspect, groups=part.groups, seed=settings.seed
             ),
         )
-        for rate in FALSE_POSITIVE_RATES if _in_every_fold(data) else ():
+        no_threshold = ""
+        if crosses_folds(settings, name):
+            # A threshold of one fold's fit accuses another rate of controls under another's.
+            no_threshold = "folds fitted apart share no threshold"
+        elif not _in_every_fold(data):
+            no_threshold = "a fold holds only one side"
+        if no_threshold:
+            why = dict.fromkeys(FALSE_POSITIVE_RATES, no_threshold)
+        for rate in () if no_threshold else FALSE_POSITIVE_RATES:
             point = st.tpr_at_fpr_across_folds(
                 s[y], s[~y], data.folds[y], data.folds[~y], float(rate)
             )

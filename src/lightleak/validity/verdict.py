@@ -333,7 +333,7 @@ def _forbidding(
     elif validity.blind_auc >= cutoffs.blind_refuse:
         found.append(
             "The two sets can be told apart without the model (blind AUC "
-            f"{validity.blind_auc:.3f}), so no score of the model can be blamed on training. "
+            f"{validity.blind_auc:.3f}), so no score of the model can be attributed to training. "
             + " ".join(_as_sentence(each.sentence) for each in validity.differences[:3])
         )
     if primary.auc is None:
@@ -353,7 +353,11 @@ def _tier(
     adjusted = "the test adjusts for what can be seen without the model."
     if design == "randomised":
         if low <= 0.5:
-            return "randomised", "permutation", [f"Membership was drawn at random ({blind})."]
+            return (
+                "randomised",
+                "permutation",
+                [f"A random draw was declared, and nothing contradicts it ({blind})."],
+            )
         return (
             "observational",
             "residual",
