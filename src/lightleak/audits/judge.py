@@ -234,7 +234,7 @@ def crosses_folds(settings: AuditSettings, name: str) -> bool:
     """Whether a signal's scores in one fold depend on the labels of the others.
 
     Then folds share what they learnt, and a test that pools them as if they were independent
-    rejects too often: for two folds the pooled statistic has twice the variance it seems to have.
+    rejects too often: for two folds the pooled variance is up to twice what it seems to be.
     Each fold alone, given the others, is exact; the folds' p-values are combined by a rule that
     holds under any dependence.
     """
