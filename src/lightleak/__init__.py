@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Verdict", "__version__", "audit", "judge", "write_report"]
+__all__ = ["Verdict", "__version__", "audit", "identify", "judge", "write_report"]
 
 if TYPE_CHECKING:
+    from lightleak.audits.identity import identify
     from lightleak.audits.judge import judge
     from lightleak.audits.membership import audit
     from lightleak.report import report as write_report
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "audit": ("lightleak.audits.membership", "audit"),
+    "identify": ("lightleak.audits.identity", "identify"),
     "judge": ("lightleak.audits.judge", "judge"),
     # Not `report`: that is the room itself, once it is imported.
     "write_report": ("lightleak.report", "report"),

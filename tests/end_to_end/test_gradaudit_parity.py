@@ -192,7 +192,7 @@ def test_batch_of_one_equals_batch_of_sixteen_in_any_order(lab_lora, sides, tmp_
         )
         rows = pq.read_table(Run(run).scores_file).to_pylist()
         scores[name] = {(r["signal"], r["set"], r["id"]): r["score"] for r in rows}
-    assert {key[0] for key in scores["one"]} == set(signals.names())
+    assert {key[0] for key in scores["one"]} == set(signals.names("generative"))
     for other in ("sixteen", "turned"):
         assert scores[other].keys() == scores["one"].keys()
         for key, value in scores["one"].items():
@@ -236,7 +236,7 @@ def test_a_target_is_left_as_it_was(lab_lora, sides):
     target = targets.load(lab_lora.target)
     before = {n: p.clone() for n, p in target.model.named_parameters()}
     engine = GradientEngine(target, select(target, "all"))
-    collect.measure(target, engine, records.load(sides["suspect"]).records)
+    collect.measure(target, engine, AnswerReader(), records.load(sides["suspect"]).records)
     for name, parameter in target.model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None

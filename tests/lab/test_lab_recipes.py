@@ -15,6 +15,7 @@ from lightleak import targets
 from lightleak.errors import UserError
 from lightleak.evidence import collect
 from lightleak.evidence.table import token_statistics
+from lightleak.evidence.tokens import AnswerReader
 from lightleak.lab import LabTarget, build, recipes
 from lightleak.lab.corpora import scenes
 from lightleak.records import load
@@ -54,7 +55,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _mean_log_likelihood(target: targets.GenerativeTarget, file: Path) -> np.ndarray:
-    measured = collect.measure(target, None, load(file, strict=True).records)
+    measured = collect.measure(target, None, AnswerReader(), load(file, strict=True).records)
     return np.asarray(token_statistics(measured.table).logprob.mean())
 
 

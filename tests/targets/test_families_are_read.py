@@ -10,6 +10,7 @@ from lightleak.errors import UserError
 from lightleak.evidence import collect
 from lightleak.evidence.gradients import GradientEngine, select
 from lightleak.evidence.selfcheck import self_check
+from lightleak.evidence.tokens import AnswerReader
 from lightleak.lab import families
 from lightleak.lab.models import tiny_llava, train_tokenizer
 from lightleak.records import Record, open_rgb
@@ -128,7 +129,7 @@ def test_batched_readings_equal_plain_autograd(target, some_records):
     engine = GradientEngine(target, select(target, "all"))
     unreached = self_check(target, engine, some_records, collect.BatchSize())
     engine = GradientEngine(target, engine.selection.without(unreached))
-    measured = collect.measure(target, engine, some_records)
+    measured = collect.measure(target, engine, AnswerReader(), some_records)
     assert not measured.failures
     for row, record in zip(measured.table.to_pylist(), some_records, strict=True):
         loss, norms = naive(target, engine, record)
@@ -141,7 +142,7 @@ def test_the_order_of_records_changes_nothing(target, some_records):
     engine = GradientEngine(target, select(target, "last3"))
     rows = {}
     for order in (some_records, some_records[::-1]):
-        for row in collect.measure(target, engine, order).table.to_pylist():
+        for row in collect.measure(target, engine, AnswerReader(), order).table.to_pylist():
             rows.setdefault(row["id"], []).append(row)
     for one, other in rows.values():
         np.testing.assert_allclose(one["logprob"], other["logprob"], rtol=1e-9)
@@ -185,7 +186,7 @@ class TestTraps:
     def test_a_record_longer_than_the_context_is_listed_not_cut(self, folder, some_records):
         target = targets.load(folder)
         long = Record(id="long", image=some_records[0].image, text="kite " * 2000)
-        measured = collect.measure(target, None, [some_records[0], long])
+        measured = collect.measure(target, None, AnswerReader(), [some_records[0], long])
         assert [failure.id for failure in measured.failures] == ["long"]
         assert "512" in measured.failures[0].error
         assert measured.table["id"].to_pylist() == ["r0"]
@@ -212,14 +213,14 @@ class TestTraps:
         assert not any(module.training for module in target.model.modules())
 
     def test_half_precision_is_summed_in_single(self, folder, some_records):
-        exact = collect.measure(targets.load(folder), None, some_records[:2]).table
+        exact = collect.measure(targets.load(folder), None, AnswerReader(), some_records[:2]).table
         half = targets.load(folder, dtype="bfloat16")
         batch = half.collate([half.encode(some_records[0], open_rgb(some_records[0].image))])
-        (log_probabilities,) = half.answer_log_probabilities(batch)
+        (log_probabilities,) = half.outputs(batch).log_probabilities
         assert log_probabilities.dtype == torch.float32
         total = log_probabilities.exp().sum(-1)
         torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=1e-5)
-        coarse = collect.measure(half, None, some_records[:2]).table
+        coarse = collect.measure(half, None, AnswerReader(), some_records[:2]).table
         np.testing.assert_allclose(
             coarse["logprob"][0].as_py(), exact["logprob"][0].as_py(), atol=0.1
         )
@@ -229,7 +230,7 @@ class TestTraps:
     ):
         target = targets.load(folder)
         engine = GradientEngine(target, select(target, "last3"))
-        clean = collect.measure(target, engine, some_records).table.to_pylist()
+        clean = collect.measure(target, engine, AnswerReader(), some_records).table.to_pylist()
         encode = target.encode
 
         def poisoned(record, image):
@@ -239,7 +240,7 @@ class TestTraps:
             return encoded
 
         target.encode = poisoned
-        measured = collect.measure(target, engine, some_records)
+        measured = collect.measure(target, engine, AnswerReader(), some_records)
         assert [failure.id for failure in measured.failures] == ["r3"]
         for row in measured.table.to_pylist():
             (expected,) = [each for each in clean if each["id"] == row["id"]]

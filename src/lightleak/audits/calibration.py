@@ -30,7 +30,7 @@ from lightleak.records import Record
 from lightleak.runs import Progress, write_table
 from lightleak.signals import Fit
 from lightleak.signals.gradaudit import CosineSums, Rule, choose, cosine_sums, sensitive
-from lightleak.targets import GenerativeTarget
+from lightleak.targets import Target
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Calibration:
             table = table.set_column(table.schema.get_field_index(column), column, empty)
         return table
 
-    def score(self, target: GenerativeTarget, size: collect.BatchSize, progress: Progress) -> None:
+    def score(self, target: Target, size: collect.BatchSize, progress: Progress) -> None:
         """Score every record at the slices that its fold keeps; resumes fold by fold."""
         kept = self.masks()
         with progress.stage("Scoring the kept slices", len(self.records)) as advance:

@@ -13,14 +13,22 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from lightleak import records, signals, targets
+from lightleak import records
 from lightleak.audits.calibration import Calibration, References
 from lightleak.audits.settings import AuditSettings
 from lightleak.errors import UserError
 from lightleak.evidence import collect
 from lightleak.evidence.gradients import GradientEngine, Selection, select
-from lightleak.evidence.readings import GradientNorms, GradientSlices
+from lightleak.evidence.pairs import PairReader
+from lightleak.evidence.readings import (
+    NEEDS_BANK,
+    AugmentedCosines,
+    DropoutCosines,
+    GradientNorms,
+    GradientSlices,
+)
 from lightleak.evidence.selfcheck import self_check
+from lightleak.evidence.tokens import AnswerReader
 from lightleak.records import Failure, Record, RecordSet
 from lightleak.runs import (
     EvidenceStore,
@@ -32,7 +40,7 @@ from lightleak.runs import (
     write_table,
 )
 from lightleak.signals import cross
-from lightleak.targets import GenerativeTarget
+from lightleak.targets import DualEncoderTarget, Target
 from lightleak.validity.blind import blind_baseline
 from lightleak.validity.duplicates import find_duplicates
 
@@ -50,6 +58,7 @@ class Sides:
         folds: (n,) −1 for calibration records; all −1 until `examine` has found the groups.
         failures: what could not be used, ids likewise.
         hashes: content hash of each side.
+        bank: controls, or pairs of their own, that are a dual encoder's negatives and not audited.
     """
 
     records: tuple[Record, ...]
@@ -57,6 +66,7 @@ class Sides:
     folds: NDArray[np.int64]
     failures: tuple[Failure, ...]
     hashes: dict[str, str]
+    bank: tuple[Record, ...] = ()
 
     @property
     def audited(self) -> NDArray[np.bool_]:
@@ -71,6 +81,7 @@ def read_sides(settings: AuditSettings, progress: Progress) -> Sides:
         "control": settings.control,
         "member": settings.calibration_members,
         "nonmember": settings.calibration_nonmembers,
+        "bank": settings.bank,
     }
     chosen = {side: source for side, source in sources.items() if source is not None}
     sets: dict[str, RecordSet] = {}
@@ -87,20 +98,25 @@ def read_sides(settings: AuditSettings, progress: Progress) -> Sides:
                 first = sets[name].failures[0].error if sets[name].failures else ""
                 raise UserError(f"none of its records can be used. First: {first}", str(source))
             advance(1)
-    everyone = tuple(record for each in sets.values() for record in each.records)
+    everyone = [(record, name) for name, each in sets.items() for record in each.records]
+    kept = [(record, name) for record, name in everyone if name != "bank"]
     return Sides(
-        everyone,
-        np.array([name for name, each in sets.items() for _ in each.records]),
-        np.full(len(everyone), -1),
+        tuple(record for record, _ in kept),
+        np.array([name for _, name in kept]),
+        np.full(len(kept), -1),
         tuple(failure for each in sets.values() for failure in each.failures),
         {name: each.sha256 for name, each in sets.items()},
+        tuple(record for record, name in everyone if name == "bank"),
     )
 
 
-def examine(run: Run, settings: AuditSettings, sides: Sides, progress: Progress) -> Sides:
+def examine(
+    run: Run, settings: AuditSettings, sides: Sides, progress: Progress, *, bank: bool = False
+) -> Sides:
     """Look at the sets without the model: duplicates, groups, folds and the blind baseline.
 
     Records that are copies of each other become one group; what was found is stored as evidence.
+    Where a `bank` of negatives is needed and none was given, controls are set aside for it.
     """
     with progress.stage("Comparing the sets without the model", 2) as advance:
         pairs, sides = _find_copies(sides)
@@ -109,6 +125,8 @@ def examine(run: Run, settings: AuditSettings, sides: Sides, progress: Progress)
             sides = _without(sides, double, "duplicate", "it stands on both sides and was left out")
             pairs = []
         write_json(run.evidence / "duplicates.json", {"across": pairs})
+        if bank and not sides.bank:
+            sides = _set_bank_aside(settings, sides)
         advance(1)
         audited = sides.audited
         chosen = [sides.records[i] for i in np.flatnonzero(audited)]
@@ -139,15 +157,41 @@ def _find_copies(sides: Sides) -> tuple[list[dict[str, str]], Sides]:
 
 def _calibration_copies(sides: Sides) -> list[dict[str, str]]:
     """Audited records that calibrate, too: they would be scored by what was fitted on them."""
-    if sides.audited.all():
+    everyone = (*sides.records, *sides.bank)
+    is_audited = np.concatenate([sides.audited, np.zeros(len(sides.bank), bool)])
+    if is_audited.all():
         return []
     pairs = []
-    for pair in find_duplicates(sides.records, sides.audited).across:
-        first, second = (sides.records[i].id for i in (pair.first, pair.second))
-        audited, other = (first, second) if sides.audited[pair.first] else (second, first)
+    for pair in find_duplicates(everyone, is_audited).across:
+        first, second = (everyone[i].id for i in (pair.first, pair.second))
+        audited, other = (first, second) if is_audited[pair.first] else (second, first)
         kind = f"{pair.kind} as a calibration record"
         pairs.append({"suspect": audited, "control": other, "kind": kind})
     return pairs
+
+
+def _set_bank_aside(settings: AuditSettings, sides: Sides) -> Sides:
+    """Take whole groups of controls, drawn at random, out of the audit to be its negatives.
+
+    A control in the bank would meet itself there, which no suspect does: it cannot be audited.
+    """
+    controls = np.flatnonzero(sides.side == "control")
+    wanted = min(settings.bank_size, len(controls) // 5)
+    groups = np.array([sides.records[i].group or sides.records[i].id for i in controls])
+    drawn: list[int] = []
+    for group in np.random.default_rng([settings.seed, 3]).permutation(np.unique(groups)):
+        if len(drawn) >= wanted:
+            break
+        drawn += controls[groups == group].tolist()
+    kept = np.ones(len(sides.records), bool)
+    kept[drawn] = False
+    return replace(
+        sides,
+        records=tuple(sides.records[i] for i in np.flatnonzero(kept)),
+        side=sides.side[kept],
+        folds=sides.folds[kept],
+        bank=tuple(sides.records[i] for i in sorted(drawn)),
+    )
 
 
 def _store_blind(
@@ -209,6 +253,10 @@ def store_records(run: Run, sides: Sides) -> None:
         }
     )
     write_table(run.evidence / "records.parquet", table)
+    write_table(
+        run.evidence / "bank.parquet",
+        pa.table({"id": pa.array([r.id for r in sides.bank], pa.string())}),
+    )
     write_table(run.evidence / "unusable.parquet", failures_table(sides.failures))
 
 
@@ -223,12 +271,11 @@ _FAILURE = ("id", "stage", "error")
 
 
 def claim(
-    run: Run, settings: AuditSettings, target: GenerativeTarget, sides: Sides
+    run: Run, settings: AuditSettings, target: Target, sides: Sides
 ) -> tuple[EvidenceStore, Selection | None]:
     """The run's evidence store, refused if it holds evidence of something else."""
-    needs = {signals.get(name).needs for name in settings.signals}
     selection = None
-    if needs & {GradientNorms, GradientSlices}:
+    if settings.needs() & {GradientNorms, GradientSlices}:
         selection = select(target, settings.options_of("gradaudit").get("matrices", "auto"))
     decides = _decides(settings, target, sides, selection)
     return EvidenceStore.claim(run.evidence, decides), selection
@@ -237,17 +284,17 @@ def claim(
 def gather(
     run: Run,
     settings: AuditSettings,
-    target: GenerativeTarget,
+    target: Target,
     sides: Sides,
     progress: Progress,
 ) -> None:
     """Compare the sets without the model, take every record through it, and store what comes."""
     store, selection = claim(run, settings, target, sides)
-    sides = examine(run, settings, sides, progress)
+    sides = examine(run, settings, sides, progress, bank=_needs_bank(settings, target))
     store_records(run, sides)
-    size = collect.BatchSize()
-    if settings.batch_size is not None:
-        size = collect.BatchSize(settings.batch_size, 1 << 62)
+    size = settings.size
+    if isinstance(target, DualEncoderTarget) and sides.bank:
+        target.bank = collect.embed_bank(target, sides.bank, size)
     engine = None if selection is None else GradientEngine(target, selection)
     with progress.stage("Checking the model", 1) as advance:
         unreached = self_check(target, engine, sides.records, size)
@@ -257,16 +304,28 @@ def gather(
         engine = GradientEngine(target, selection.without(unreached))
         if not engine.selection.shapes:
             raise UserError("no gradient reaches any selected matrix", "gradaudit.matrices")
-        if any(signals.get(name).needs is GradientSlices for name in settings.signals):
+        if GradientSlices in settings.needs():
             references = build_references(run, settings, target, engine, sides, size, progress)
         _describe_gradients(run, engine.selection, unreached, references)
     _measure_all(store, settings, target, engine, references, sides, size, progress)
 
 
+def _needs_bank(settings: AuditSettings, target: Target) -> bool:
+    return isinstance(target, DualEncoderTarget) and bool(settings.needs() & NEEDS_BANK)
+
+
+def _reader(settings: AuditSettings, target: Target) -> collect.Reader:
+    """What is kept of the target's outputs, beyond its gradients."""
+    if isinstance(target, DualEncoderTarget):
+        needs = settings.needs()
+        return PairReader(target, AugmentedCosines in needs, DropoutCosines in needs)
+    return AnswerReader()
+
+
 def build_references(
     run: Run,
     settings: AuditSettings,
-    target: GenerativeTarget,
+    target: Target,
     engine: GradientEngine,
     sides: Sides,
     size: collect.BatchSize,
@@ -338,7 +397,7 @@ def _describe_gradients(
 def _measure_all(
     store: EvidenceStore,
     settings: AuditSettings,
-    target: GenerativeTarget,
+    target: Target,
     engine: GradientEngine | None,
     references: References | None,
     sides: Sides,
@@ -353,6 +412,7 @@ def _measure_all(
         calibration = Calibration(
             store.folder, settings, engine, references, sides.records, crossed
         )
+    reader = _reader(settings, target)
     shards = _shards(len(sides.records), width)
     with progress.stage("Measuring", len(sides.records)) as advance:
         for index, (start, stop) in enumerate(shards):
@@ -365,6 +425,7 @@ def _measure_all(
                 measured = collect.measure(
                     target,
                     engine,
+                    reader,
                     chosen,
                     references=None if references is None else references.gradients,
                     in_reference=None
@@ -388,7 +449,7 @@ def _measure_all(
 
 
 def _slice_bytes(
-    engine: GradientEngine | None, references: References | None, target: GenerativeTarget
+    engine: GradientEngine | None, references: References | None, target: Target
 ) -> int:
     """Bytes that one record's slices take."""
     if engine is None or references is None:
@@ -404,11 +465,12 @@ def _shards(n: int, bytes_a_record: int) -> list[tuple[int, int]]:
 
 
 def _decides(
-    settings: AuditSettings, target: GenerativeTarget, sides: Sides, selection: Selection | None
+    settings: AuditSettings, target: Target, sides: Sides, selection: Selection | None
 ) -> dict[str, Any]:
     """Everything that the evidence depends on."""
     crossed = settings.protocol == "crossfit" and selection is not None
-    needs = {signals.get(name).needs for name in settings.signals}
+    needs = settings.needs()
+    bank = {"bank": [settings.bank_size, settings.seed]} if _needs_bank(settings, target) else {}
     return {
         "evidence version": 1,
         **{f"target {key}": value for key, value in sorted(target.hashes.items())},
@@ -422,17 +484,5 @@ def _decides(
         "folds": [settings.folds, settings.seed] if crossed else None,
         "dropped duplicates": settings.drop_duplicates,
         "evidence limit": settings.evidence_limit if GradientSlices in needs else None,
+        **bank,
     }
-
-
-def load_target(settings: AuditSettings) -> GenerativeTarget:
-    """The target that the settings name."""
-    return targets.load(
-        settings.target,
-        adapter=settings.adapter,
-        base=settings.base,
-        dtype=settings.dtype,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-    )

@@ -16,16 +16,24 @@ from lightleak import statistics as st
 from lightleak.audits.settings import AuditSettings
 from lightleak.errors import UserError
 from lightleak.evidence.readings import (
+    AugmentedCosines,
+    ContrastLoss,
+    DropoutCosines,
     Floats,
     GradientNorms,
     GradientSlices,
+    PairEmbeddings,
     TokenStatistics,
     slice_axes,
 )
 from lightleak.evidence.table import (
     SLICE_COLUMNS,
+    augmented_cosines,
+    contrast_loss,
+    dropout_cosines,
     gradient_norms,
     gradient_slices,
+    pair_embeddings,
     token_statistics,
 )
 from lightleak.runs import Progress, Run, Silent, read_json, write_json, write_table
@@ -175,9 +183,18 @@ def score(run: Run, settings: AuditSettings, measured: Measured, name: str) -> F
     return signal.score(_evidence(run, measured, signal.needs), fits, settings.options_of(name))
 
 
+_FROM_TABLE: dict[type, Callable[[pa.Table], Any]] = {
+    TokenStatistics: token_statistics,
+    PairEmbeddings: pair_embeddings,
+    AugmentedCosines: augmented_cosines,
+    DropoutCosines: dropout_cosines,
+    ContrastLoss: contrast_loss,
+}
+
+
 def _evidence(run: Run, measured: Measured, needs: type) -> Any:
-    if needs is TokenStatistics:
-        return token_statistics(measured.table)
+    if needs in _FROM_TABLE:
+        return _FROM_TABLE[needs](measured.table)
     described = read_json(run.evidence / "gradients.json")
     matrices = {name: tuple(shape) for name, shape in described["matrices"].items()}
     if needs is GradientNorms:
@@ -421,6 +438,7 @@ def _adjusted_p(
 def _coverage(run: Run, data: Compared) -> Coverage:
     unusable = pq.read_table(run.evidence / "unusable.parquet")["id"].to_pylist()
     stored = pq.read_table(run.evidence / "records.parquet", columns=["set"])["set"].to_pylist()
+    bank = pq.read_table(run.evidence / "bank.parquet")["id"].to_pylist()
 
     def of_side(side: str, is_suspect: bool) -> SideCoverage:
         attempted = stored.count(side) + sum(key.startswith(f"{side}/") for key in unusable)
@@ -434,6 +452,7 @@ def _coverage(run: Run, data: Compared) -> Coverage:
         failed=suspect.failed + control.failed,
         suspect=suspect,
         control=control,
+        set_aside=sum(key.startswith("control/") for key in bank),
     )
 
 

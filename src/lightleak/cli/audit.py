@@ -38,8 +38,12 @@ def audit(
     base: Annotated[str | None, typer.Option(help="Base of an adapter given as target.")] = None,
     signals: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
     primary: Annotated[
-        str, typer.Option(help="The pre-registered signal behind the verdict.")
-    ] = "loss",
+        str,
+        typer.Option(
+            help="The pre-registered signal behind the verdict; "
+            "loss, or cosine for a dual encoder, unless named."
+        ),
+    ] = "",
     protocol: Annotated[
         Protocol, typer.Option(help="How fitted signals are calibrated.")
     ] = Protocol.CROSSFIT,
@@ -48,6 +52,12 @@ def audit(
     ] = None,
     calibration_nonmembers: Annotated[
         Path | None, typer.Option(help="Known non-members, for --protocol split.")
+    ] = None,
+    bank: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pairs that are a dual encoder's negatives; else some controls are set aside."
+        ),
     ] = None,
     design: Annotated[
         Design, typer.Option(help="How suspects and controls came apart; it is checked.")
@@ -113,6 +123,7 @@ def audit(
         protocol=protocol.value,
         calibration_members=calibration_members,
         calibration_nonmembers=calibration_nonmembers,
+        bank=bank,
         design=design.value,
         options=parse_options(set_ or ()),
         cutoffs={"alpha": alpha, **_cutoffs(cutoff or ())},

@@ -26,10 +26,12 @@ from rich.text import Text
 from lightleak.runs.progress import Advance
 
 if TYPE_CHECKING:
-    from lightleak.validity import Verdict
+    from lightleak.validity import IdentityVerdict, Verdict
+    from lightleak.validity.verdict import BaseVerdict
 
 output = Console()
 errors = Console(stderr=True)
+_SHOWN = 20
 _STYLES = {"exposed": "bold red", "no_evidence": "bold green", "inconclusive": "bold yellow"}
 
 
@@ -68,20 +70,53 @@ class Bars:
 
 
 def show(verdict: Verdict, report: Path, title: str = "") -> None:
-    """Print a verdict, its reasons and where the report is."""
+    """Print a membership verdict, its reasons and where the report is."""
+    _panel(verdict, title)
+    output.print(_signals(verdict))
+    counts = verdict.coverage
+    aside = f", {counts.set_aside:,} more are the bank of negatives" if counts.set_aside else ""
+    output.print(
+        f"Records: {counts.attempted:,} given, {counts.scored:,} scored, {counts.failed:,} failed"
+        f"{aside}.",
+        highlight=False,
+    )
+    _report(report)
+
+
+def show_people(verdict: IdentityVerdict, report: Path) -> None:
+    """Print an identity verdict, who was found and where the report is."""
+    _panel(verdict)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("person", "name", "p", "q"):
+        table.add_column(column)
+    for each in sorted(verdict.found, key=lambda found: found.p_value)[:_SHOWN]:
+        table.add_row(each.person, each.name, f"{each.p_value:.2g}", f"{each.q_value:.2g}")
+    if verdict.found:
+        output.print(table, markup=False)
+    if len(verdict.found) > _SHOWN:
+        output.print(f"… and {len(verdict.found) - _SHOWN} more in people.parquet.")
+    published = verdict.published
+    output.print(
+        f"The published attack, among {published.names:,} names: {published.suspects.count} of "
+        f"{published.suspects.of} recognised.",
+        highlight=False,
+    )
+    for control in verdict.controls:
+        output.print(control.sentence, markup=False, highlight=False)
+    _report(report)
+
+
+def _panel(verdict: BaseVerdict, title: str = "") -> None:
     head = Text(verdict.verdict.replace("_", " ").upper(), style=_STYLES[verdict.verdict])
     head.append(f"   evidence: {verdict.tier.replace('_', '-')}", style="dim")
     body = Text.assemble(head, "\n\n", verdict.sentence, "\n")
     for reason in verdict.reasons:
         body.append(f"\n• {reason}")
     output.print(Panel(body, title=title or None, title_align="left", width=min(100, output.width)))
-    output.print(_signals(verdict))
-    counts = verdict.coverage
-    output.print(
-        f"Records: {counts.attempted:,} given, {counts.scored:,} scored, {counts.failed:,} failed.",
-        highlight=False,
-    )
-    output.print(f"Report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _report(page: Path) -> None:
+    output.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _signals(verdict: Verdict) -> Table:

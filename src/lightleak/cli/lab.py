@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lightleak.cli.console import Bars, output
+from lightleak.errors import UserError
 
 app = typer.Typer(help="Targets that lightleak trains itself, so that the truth is known.")
 
@@ -19,18 +20,31 @@ def _lab() -> None:
 
 @app.command("build")
 def build(
-    recipe: Annotated[str, typer.Argument(help="captions-tiny or captions-lora.")],
+    recipe: Annotated[
+        str, typer.Argument(help="captions-tiny, captions-lora, pairs-clip or faces.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for target, records and truth.")],
-    seed: Annotated[int, typer.Option(help="Of scenes, membership and training.")] = 0,
-    members: Annotated[int, typer.Option(help="Records to train on.")] = 300,
-    nonmembers: Annotated[int, typer.Option(help="Records to hold out.")] = 600,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the members.")] = None,
+    seed: Annotated[int, typer.Option(help="Of scenes, names, membership and training.")] = 0,
+    members: Annotated[
+        int | None, typer.Option(help="Records (of faces: people) to train on. [300; faces 20]")
+    ] = None,
+    nonmembers: Annotated[
+        int | None, typer.Option(help="Records (of faces: people) to hold out. [600; faces 20]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     caption_shift: Annotated[
         bool,
         typer.Option("--caption-shift", help="Word the non-members' captions in another style."),
     ] = False,
+    copies: Annotated[
+        str | None,
+        typer.Option(help="faces: training pairs a member; of 1,5,25 members get one each. [25]"),
+    ] = None,
+    attack_photos: Annotated[
+        str | None, typer.Option(help="faces: write all photos or the unseen ones. [all]")
+    ] = None,
 ) -> None:
-    """Train a small vision-language model on records drawn at random, and write the truth."""
+    """Train a small model on records or people drawn at random, and write the truth."""
     from lightleak import lab
 
     made = lab.build(
@@ -41,9 +55,20 @@ def build(
         nonmembers=nonmembers,
         epochs=epochs,
         caption_shift=caption_shift,
+        copies=None if copies is None else _numbers(copies),
+        attack_photos=attack_photos,
         progress=Bars(),
     )
     for name in ("target", "adapter", "base", "members", "nonmembers", "truth"):
         path = getattr(made, name)
         if path is not None:
             output.print(f"{name:<11}{path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            "numbers with commas between are wanted", f"--copies {text}", "For example: 1,5,25."
+        ) from error

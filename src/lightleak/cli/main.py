@@ -12,7 +12,7 @@ import sys
 import typer
 
 from lightleak import __version__
-from lightleak.cli import audit, demo, doctor, lab, report, signals
+from lightleak.cli import audit, demo, doctor, identify, lab, report, signals
 from lightleak.cli.console import errors
 from lightleak.errors import UserError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
+app.command("identify")(identify.identify)
 app.command("report")(report.report)
 app.command("signals")(signals.signals)
 app.command("doctor")(doctor.doctor)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lightleak.cli.console import Bars, show
+from lightleak.cli.console import Bars, show, show_people
 
 
 def report(
@@ -18,8 +18,14 @@ def report(
 ) -> None:
     """Judge a run again from its stored evidence and rebuild its report; needs no model."""
     from lightleak.audits.judge import judge
+    from lightleak.audits.judge_identity import judge_identity
     from lightleak.report import report as build
     from lightleak.runs import Run
 
-    verdict = judge(Run.open(run), Bars())
-    show(verdict, build(run, show_images=show_images))
+    opened = Run.open(run)
+    if opened.kind == "identity":
+        people = judge_identity(opened, Bars())
+        show_people(people, build(run, show_images=show_images))
+    else:
+        verdict = judge(opened, Bars())
+        show(verdict, build(run, show_images=show_images))

@@ -12,9 +12,10 @@ from lightleak.cli.console import output
 def signals() -> None:
     """List the signals with their sources and options."""
     from lightleak import signals as room
+    from lightleak.evidence.readings import OF_KIND
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("signal", "what it is", "source", "options (--set SIGNAL.OPTION=VALUE)"):
+    for column in ("signal", "for", "what it is", "source", "options (--set SIGNAL.OPTION=VALUE)"):
         table.add_column(column, overflow="fold")
     for name in room.names():
         each = room.get(name)
@@ -22,7 +23,8 @@ def signals() -> None:
             f"{option}={parameter.default}{_choices(parameter.annotation)}"
             for option, parameter in each.options.items()
         )
-        table.add_row(name, each.summary, each.source, options or "—")
+        kinds = [kind for kind, needs in OF_KIND.items() if each.needs in needs]
+        table.add_row(name, " and ".join(kinds), each.summary, each.source, options or "—")
     output.print(table, markup=False)
 
 

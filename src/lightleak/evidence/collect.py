@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
@@ -15,11 +15,24 @@ from lightleak.evidence.gradients import GradientEngine
 from lightleak.evidence.gradients.engine import UnevenRows
 from lightleak.evidence.gradients.kernels import MaskedReference
 from lightleak.evidence.table import schema
-from lightleak.evidence.tokens import answer_statistics
 from lightleak.records import Failure, Record, open_rgb
-from lightleak.targets import Batch, EncodedRecord, GenerativeTarget
+from lightleak.targets import Bank, Batch, DualEncoderTarget, EncodedRecord, Target
 
 Progress = Callable[[int], None]
+
+
+class Reader(Protocol):
+    """What is kept of a target's outputs, for one kind of target."""
+
+    def columns(self, numbers: pa.DataType) -> dict[str, pa.DataType]:
+        """Names and types of what `rows` yields; `numbers` is a list of floats."""
+        ...
+
+    def rows(
+        self, records: Sequence[Record], encoded: Sequence[EncodedRecord], outputs: Any
+    ) -> list[dict[str, object]]:
+        """One row a record of a batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Encoded:
     failures: tuple[Failure, ...]
 
 
-def encode(target: GenerativeTarget, records: Iterable[Record]) -> Encoded:
+def encode(target: Target, records: Iterable[Record]) -> Encoded:
     """Open each image and tokenise each record; a record that fails is listed."""
     ready: list[EncodedRecord] = []
     failures: list[Failure] = []
@@ -91,8 +104,9 @@ def plan(records: Sequence[EncodedRecord], size: BatchSize) -> list[list[Encoded
 
 
 def measure(
-    target: GenerativeTarget,
+    target: Target,
     engine: GradientEngine | None,
+    reader: Reader,
     records: Sequence[Record],
     *,
     references: Mapping[str, Tensor] | None = None,
@@ -106,6 +120,7 @@ def measure(
     Args:
         target: the model.
         engine: reads gradients; None when no signal needs them.
+        reader: what is kept of the outputs.
         records: what to measure.
         references: name → (k, out, in) reference gradients.
         in_reference: record id → whether its gradient is part of each of the k references.
@@ -114,53 +129,77 @@ def measure(
         progress: told how many records are done.
     """
     encoded = encode(target, records)
-    texts = {record.id: record.text for record in records}
+    by_id = {record.id: record for record in records}
+    encoded_by_id = {each.id: each for each in encoded.records}
     rows: dict[str, dict[str, object]] = {}
 
     def one(batch: Batch) -> None:
         if engine is None:
             with torch.no_grad():
-                log_probabilities = target.answer_log_probabilities(batch)
-            readings = None
+                outputs, readings = target.outputs(batch), None
         else:
             readings = engine.read(batch, references or {})
-            log_probabilities = readings.log_probabilities
-        for i, (record_id, each, tokens) in enumerate(
-            zip(batch.ids, log_probabilities, target.answer_tokens(batch), strict=True)
+            outputs = readings.outputs
+        chosen = [encoded_by_id[key] for key in batch.ids]
+        for i, (each, row) in enumerate(
+            zip(chosen, reader.rows([by_id[k] for k in batch.ids], chosen, outputs), strict=True)
         ):
-            statistics = answer_statistics(each, tokens)
-            rows[record_id] = {
-                "id": record_id,
-                "zlib_bytes": len(zlib.compress(texts[record_id].encode())),
-                "logprob": statistics.logprob,
-                "mean": statistics.mean,
-                "variance": statistics.variance,
+            row |= {
+                "id": each.id,
+                "n_tokens": each.n_tokens,
                 "matrix_norms": [],
                 "slice_norms2": [],
                 "slice_dots": [],
-                "in_reference": list((in_reference or {}).get(record_id, ())),
+                "in_reference": list((in_reference or {}).get(each.id, ())),
             }
             if readings is not None:
-                rows[record_id]["matrix_norms"] = readings.matrix_norms[i].cpu().numpy()
+                row["matrix_norms"] = readings.matrix_norms[i].cpu().numpy()
                 if keep_slices:
-                    rows[record_id]["slice_norms2"] = readings.norms2[i].cpu().numpy()
-                    rows[record_id]["slice_dots"] = readings.dots[i].flatten().cpu().numpy()
+                    row["slice_norms2"] = readings.norms2[i].cpu().numpy()
+                    row["slice_dots"] = readings.dots[i].flatten().cpu().numpy()
+            rows[each.id] = row
 
     failures = [
         *encoded.failures,
         *run(target, plan(encoded.records, size or BatchSize()), one, progress),
     ]
-    for record in encoded.records:
-        if record.id in rows:
-            rows[record.id]["n_tokens"] = record.n_tokens
-            rows[record.id]["boundary_ambiguous"] = record.boundary_ambiguous
-    double = target.dtype == torch.float64
+    columns = schema(reader.columns, double=target.dtype == torch.float64)
     ordered = [rows[record.id] for record in records if record.id in rows]
-    return Measured(pa.Table.from_pylist(ordered, schema=schema(double=double)), tuple(failures))
+    return Measured(pa.Table.from_pylist(ordered, schema=columns), tuple(failures))
+
+
+def embed_bank(
+    target: DualEncoderTarget, records: Sequence[Record], size: BatchSize | None = None
+) -> Bank:
+    """Embeddings of the control pairs that every record's contrastive loss is set against.
+
+    Raises:
+        UserError: fewer than two of them can be embedded.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def one(batch: Batch) -> None:
+        outputs = target.outputs(batch)
+        found.update((key, (outputs.image[i], outputs.text[i])) for i, key in enumerate(batch.ids))
+
+    encoded = encode(target, records)
+    with torch.no_grad():
+        failures = run(target, plan(encoded.records, size or BatchSize()), one)
+    if len(found) < 2:
+        first = (*encoded.failures, *failures)
+        raise UserError(
+            "the bank of negatives holds fewer than two usable pairs"
+            + (f". First: {first[0].error}" if first else ""),
+            target.name,
+            "Give more controls, or a bank of its own.",
+        )
+    # In the records' order, whatever the batches were.
+    ordered = [found[record.id] for record in records if record.id in found]
+    return Bank(*(torch.stack(side) for side in zip(*ordered, strict=True)))
 
 
 def sum_gradients(
-    target: GenerativeTarget,
+    target: Target,
     engine: GradientEngine,
     records: Sequence[Record],
     *,
@@ -180,7 +219,7 @@ def sum_gradients(
 
 
 def score(
-    target: GenerativeTarget,
+    target: Target,
     engine: GradientEngine,
     records: Sequence[Record],
     kept: Mapping[str, MaskedReference],
@@ -200,7 +239,7 @@ def score(
 
 
 def run(
-    target: GenerativeTarget,
+    target: Target,
     batches: Sequence[Sequence[EncodedRecord]],
     one: Callable[[Batch], None],
     progress: Progress | None = None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,42 @@ class TokenStatistics:
     mean: Ragged
     variance: Ragged
     zlib_bytes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PairEmbeddings:
+    """Embeddings of each record's image and text, of unit length; both (n, d)."""
+
+    image: Floats
+    text: Floats
+
+    @property
+    def cosine(self) -> Floats:
+        """(n,) cosine of each image with its own text."""
+        cosine: Floats = np.einsum("nd,nd->n", self.image, self.text, dtype=np.float64)
+        return cosine
+
+
+@dataclass(frozen=True)
+class AugmentedCosines:
+    """Cosine of image and text, (n,), and of k augmentations of the image and text, (n, k)."""
+
+    plain: Floats
+    augmented: Floats
+
+
+@dataclass(frozen=True)
+class DropoutCosines:
+    """(n, passes) cosine of image and text under attention dropout; no column without dropout."""
+
+    cosines: Floats
+
+
+@dataclass(frozen=True)
+class ContrastLoss:
+    """(n,) contrastive loss of each record against the one bank of control pairs, in nats."""
+
+    losses: Floats
 
 
 @dataclass(frozen=True)
@@ -145,3 +182,19 @@ def slice_axes(shapes: dict[str, tuple[int, int]]) -> tuple[SliceAxis, ...]:
 
 def _or_nan(counts: NDArray[np.int64] | Floats) -> Floats:
     return np.where(counts > 0, counts, np.nan).astype(np.float64)
+
+
+# What one pass over each kind of target can yield.
+OF_KIND: Mapping[str, tuple[type, ...]] = {
+    "generative": (TokenStatistics, GradientNorms, GradientSlices),
+    "dual-encoder": (
+        PairEmbeddings,
+        AugmentedCosines,
+        DropoutCosines,
+        ContrastLoss,
+        GradientNorms,
+        GradientSlices,
+    ),
+}
+# What a dual encoder yields only against a bank of negatives.
+NEEDS_BANK = frozenset((ContrastLoss, GradientNorms, GradientSlices))

@@ -13,7 +13,7 @@ from lightleak.evidence.collect import BatchSize, plan
 from lightleak.evidence.gradients import GradientEngine
 from lightleak.evidence.gradients.engine import UnevenRows
 from lightleak.records import Record, open_rgb
-from lightleak.targets import Batch, EncodedRecord, GenerativeTarget
+from lightleak.targets import Batch, EncodedRecord, Target
 
 # Largest difference between a record alone and in a batch, relative to 1 + |value|.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -22,7 +22,7 @@ _SAMPLE, _TRIED = 8, 64
 
 
 def self_check(
-    target: GenerativeTarget,
+    target: Target,
     engine: GradientEngine | None,
     records: Sequence[Record],
     size: BatchSize,
@@ -54,56 +54,54 @@ def self_check(
     return engine.unreached([target.collate([record]) for record in encoded])
 
 
-def _that_run(
-    target: GenerativeTarget, records: Sequence[Record]
-) -> list[tuple[Record, EncodedRecord]]:
+def _that_run(target: Target, records: Sequence[Record]) -> list[tuple[Record, EncodedRecord]]:
     """The first eight records that the model takes, alone, with a finite result."""
     found: list[tuple[Record, EncodedRecord]] = []
     reasons: list[str] = []
     for record in records[:_TRIED]:
         try:
             encoded = target.encode(record, open_rgb(record.image))
-            (answer,) = _answer(target, target.collate([encoded]))
+            (said,) = _said(target, target.collate([encoded]))
         except Exception as error:
             # The run itself will list it; here its reason matters only if all fail.
             reasons.append(str(error))
             continue
-        if not bool(answer.isnan().any()):
+        if not bool(said.isnan().any()):
             found.append((record, encoded))
         if len(found) == _SAMPLE:
             break
     if not found:
-        reason = reasons[0] if reasons else "its probabilities are not numbers"
+        reason = reasons[0] if reasons else "what it yields are not numbers"
         raise UserError(f"no record can be given to the model. First: {reason}", target.name)
     return found
 
 
-def _check_image(target: GenerativeTarget, record: Record, encoded: EncodedRecord) -> None:
+def _check_image(target: Target, record: Record, encoded: EncodedRecord) -> None:
     other = target.encode(record, ImageChops.invert(open_rgb(record.image)))
-    seen, changed = (_answer(target, target.collate([each])) for each in (encoded, other))
+    seen, changed = (_said(target, target.collate([each])) for each in (encoded, other))
     if torch.equal(seen[0], changed[0]):
         raise UserError(
-            "the image does not reach the model: inverting it changes no probability",
+            "the image does not reach the model: inverting it changes nothing",
             target.name,
             "Check that the chat template holds the model's image placeholder.",
         )
 
 
-def _check_adapter(target: GenerativeTarget, encoded: EncodedRecord) -> None:
+def _check_adapter(target: Target, encoded: EncodedRecord) -> None:
     batch = target.collate([encoded])
-    on = _answer(target, batch)[0]
+    on = _said(target, batch)[0]
     with target.model.disable_adapter():
-        off = _answer(target, batch)[0]
+        off = _said(target, batch)[0]
     if torch.equal(on, off):
         raise UserError(
-            "the adapter changes nothing: with and without it the probabilities are equal",
+            "the adapter changes nothing: with and without it the model says the same",
             target.name,
             "Is it trained, and made for this base?",
         )
 
 
 def _check_batches(
-    target: GenerativeTarget,
+    target: Target,
     engine: GradientEngine | None,
     encoded: Sequence[EncodedRecord],
     size: BatchSize,
@@ -130,26 +128,15 @@ def _check_batches(
                 )
 
 
-def _readings(
-    target: GenerativeTarget, engine: GradientEngine | None, batch: Batch
-) -> list[Tensor]:
-    """What is compared, one vector a record: the answer's log-likelihoods and log norms."""
-    norms: list[Tensor]
+def _readings(target: Target, engine: GradientEngine | None, batch: Batch) -> list[Tensor]:
+    """What is compared, one vector a record: what evidence is made of, and log norms."""
     if engine is None:
-        log_probabilities = _answer(target, batch)
-        norms = [each.new_zeros(0) for each in log_probabilities]
-    else:
-        readings = engine.read(batch, {})
-        log_probabilities = readings.log_probabilities
-        norms = list(readings.matrix_norms.clamp_min(1e-12).log())
-    return [
-        torch.cat([each.gather(1, tokens[:, None])[:, 0], norm])
-        for each, tokens, norm in zip(
-            log_probabilities, target.answer_tokens(batch), norms, strict=True
-        )
-    ]
+        return _said(target, batch)
+    readings = engine.read(batch, {})
+    norms = readings.matrix_norms.clamp_min(1e-12).log()
+    return [torch.cat(each) for each in zip(readings.outputs.vectors(), norms, strict=True)]
 
 
-def _answer(target: GenerativeTarget, batch: Batch) -> list[Tensor]:
+def _said(target: Target, batch: Batch) -> list[Tensor]:
     with torch.no_grad():
-        return target.answer_log_probabilities(batch)
+        return target.outputs(batch).vectors()

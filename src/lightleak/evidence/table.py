@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from lightleak.evidence.readings import (
+    AugmentedCosines,
+    ContrastLoss,
+    DropoutCosines,
     GradientNorms,
     GradientSlices,
+    PairEmbeddings,
     Ragged,
     SliceAxis,
     SliceBlock,
@@ -20,23 +24,26 @@ SLICE_COLUMNS = ("slice_norms2", "slice_dots")
 TABLES = Callable[[], Iterator[pa.Table]]
 
 
-def schema(*, double: bool) -> pa.Schema:
-    """Columns of an evidence part; gradient columns are empty lists when none were read."""
+def schema(
+    columns: Callable[[pa.DataType], Mapping[str, pa.DataType]], *, double: bool
+) -> pa.Schema:
+    """Columns of an evidence part; gradient columns are empty lists when none were read.
+
+    Args:
+        columns: what the kind of target adds, given the type of a list of numbers.
+        double: whether the numbers are float64.
+    """
     numbers = pa.list_(pa.float64() if double else pa.float32())
     return pa.schema(
-        [
-            ("id", pa.string()),
-            ("n_tokens", pa.int32()),
-            ("boundary_ambiguous", pa.bool_()),
-            ("zlib_bytes", pa.int64()),
-            ("logprob", numbers),
-            ("mean", numbers),
-            ("variance", numbers),
-            ("matrix_norms", numbers),
-            ("slice_norms2", numbers),
-            ("slice_dots", numbers),
-            ("in_reference", pa.list_(pa.bool_())),
-        ]
+        {
+            "id": pa.string(),
+            "n_tokens": pa.int32(),
+            **columns(numbers),
+            "matrix_norms": numbers,
+            "slice_norms2": numbers,
+            "slice_dots": numbers,
+            "in_reference": pa.list_(pa.bool_()),
+        }
     )
 
 
@@ -48,6 +55,26 @@ def token_statistics(table: pa.Table) -> TokenStatistics:
         _ragged(table, "variance"),
         table["zlib_bytes"].to_numpy(),
     )
+
+
+def pair_embeddings(table: pa.Table) -> PairEmbeddings:
+    """The embeddings of an evidence table."""
+    return PairEmbeddings(_matrix(table, "image_embedding"), _matrix(table, "text_embedding"))
+
+
+def augmented_cosines(table: pa.Table) -> AugmentedCosines:
+    """The cosines of an evidence table, plain and under augmentations."""
+    return AugmentedCosines(pair_embeddings(table).cosine, _matrix(table, "augmented_cosines"))
+
+
+def dropout_cosines(table: pa.Table) -> DropoutCosines:
+    """The cosines of an evidence table under attention dropout."""
+    return DropoutCosines(_matrix(table, "dropout_cosines"))
+
+
+def contrast_loss(table: pa.Table) -> ContrastLoss:
+    """The contrastive losses of an evidence table."""
+    return ContrastLoss(table["contrast_loss"].to_numpy())
 
 
 def gradient_norms(table: pa.Table, matrices: Sequence[str]) -> GradientNorms:

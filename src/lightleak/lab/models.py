@@ -37,7 +37,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, image_token: str = "<image>", extra: Iterable[str] = ()
+    texts: Iterable[str],
+    *,
+    image_token: str = "<image>",
+    extra: Iterable[str] = (),
+    vocabulary: int = _VOCABULARY,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with ChatML's turn marks, trained on some texts."""
     turn = ("<|im_start|>", "<|im_end|>")
@@ -46,7 +50,7 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

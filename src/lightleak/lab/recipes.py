@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ import torch
 
 from lightleak import targets
 from lightleak.errors import UserError
-from lightleak.lab import corpora
+from lightleak.lab import corpora, faces
 from lightleak.lab.corpora import Scene
+from lightleak.lab.dual import tiny_clip
+from lightleak.lab.faces import Exposure
 from lightleak.lab.models import IMAGE_SIDE, tiny_llava
 from lightleak.lab.train import Training, train
 from lightleak.records import Record, load
-from lightleak.runs import Progress, Silent, write_json
+from lightleak.runs import Progress, Silent, cache_folder, write_json
+from lightleak.validity.decoys import draw_names
 
 # Raised when a recipe changes what it writes: older caches are then built again.
 _VERSION = 1
 _PUBLIC_PER_MEMBER = 2
 _LORA_RANK = 16
+_TOKENIZER_NAMES = 3000
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class LabTarget:
         target: the model folder; with an adapter, its base.
         adapter: the adapter trained on the members, or None.
         base: the model before it saw the members, or None when trained from nothing.
-        members, nonmembers: records files.
-        truth: JSON with every id's membership and how the target was made.
+        members, nonmembers: records files; of `faces` folders of people with their `names.csv`.
+        truth: JSON with the membership of every id or person, and how the target was made.
     """
 
     target: Path
@@ -59,6 +64,7 @@ class _Request:
     nonmembers: int
     epochs: int
     caption_shift: bool
+    exposure: Exposure | None = None
 
 
 def build(
@@ -66,23 +72,30 @@ def build(
     out: str | Path,
     *,
     seed: int = 0,
-    members: int = 300,
-    nonmembers: int = 600,
+    members: int | None = None,
+    nonmembers: int | None = None,
     epochs: int | None = None,
     caption_shift: bool = False,
+    copies: int | Sequence[int] | None = None,
+    photos_trained: int | None = None,
+    attack_photos: str | None = None,
     progress: Progress | None = None,
 ) -> LabTarget:
-    """Train a small vision-language model on members, and write members, non-members and truth.
+    """Train a small model on members, and write members, non-members and truth.
 
     Args:
-        recipe: `captions-tiny`, a LLaVA trained from nothing on the members; or `captions-lora`,
-            one trained on other, public scenes and then tuned on the members by LoRA.
+        recipe: `captions-tiny`, a LLaVA trained from nothing on the members; `captions-lora`, one
+            trained on other, public scenes and then tuned on the members by LoRA; `pairs-clip`, a
+            CLIP trained from nothing on the members; or `faces`, a CLIP trained on faces of the
+            members with invented names, among scenes.
         out: folder to write; taken as it is if the same recipe wrote it.
         seed: of scenes, membership, weights and order.
-        members, nonmembers: how many records of each.
-        epochs: passes over the members; None takes the recipe's own.
+        members, nonmembers: how many records of each, of `faces` people; None takes the recipe's
+            own number, as for `epochs`.
+        epochs: passes over the members.
         caption_shift: word the non-members' captions in another style, a shift that has nothing to
             do with training.
+        copies, photos_trained, attack_photos: for `faces` only; see `lab.faces.Exposure`.
         progress: shows how far it is.
 
     Raises:
@@ -91,14 +104,22 @@ def build(
     """
     if recipe not in _RECIPES:
         raise UserError(f"unknown recipe; there are {', '.join(_RECIPES)}", recipe)
-    if members < 1 or nonmembers < 1:
-        raise UserError("a lab target needs at least one member and one non-member")
-    if epochs is not None and epochs < 1:
-        raise UserError("training needs at least one epoch", f"--epochs {epochs}")
-    make, own_epochs = _RECIPES[recipe]
+    own = _RECIPES[recipe]
     request = _Request(
-        recipe, seed, members, nonmembers, own_epochs if epochs is None else epochs, caption_shift
+        recipe,
+        seed,
+        own.members if members is None else members,
+        own.nonmembers if nonmembers is None else nonmembers,
+        own.epochs if epochs is None else epochs,
+        caption_shift,
+        _exposure(recipe, copies, photos_trained, attack_photos),
     )
+    if request.members < 1 or request.nonmembers < 1:
+        raise UserError("a lab target needs at least one member and one non-member")
+    if request.epochs < 1:
+        raise UserError("training needs at least one epoch", f"--epochs {epochs}")
+    if recipe == "faces" and caption_shift:
+        raise UserError("the photos of faces have no captions to shift", "--caption-shift")
     folder = Path(out)
     described = folder / "truth.json"
     if described.is_file():
@@ -109,7 +130,7 @@ def build(
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError("it is not empty", str(folder), "Give --out a folder of its own.")
     else:
-        cached = _cached(request, make, progress or Silent())
+        cached = _cached(request, own.make, progress or Silent())
         # Whole or not at all, so that a copy cut short is never taken for a finished target.
         copying = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(copying, ignore_errors=True)
@@ -119,14 +140,36 @@ def build(
         target=folder / ("base" if (folder / "adapter").is_dir() else "target"),
         adapter=folder / "adapter" if (folder / "adapter").is_dir() else None,
         base=folder / "base" if (folder / "base").is_dir() else None,
-        members=folder / "members.jsonl",
-        nonmembers=folder / "nonmembers.jsonl",
+        members=folder / ("members" if request.exposure else "members.jsonl"),
+        nonmembers=folder / ("nonmembers" if request.exposure else "nonmembers.jsonl"),
         truth=described,
     )
 
 
+def _exposure(
+    recipe: str,
+    copies: int | Sequence[int] | None,
+    photos_trained: int | None,
+    attack_photos: str | None,
+) -> Exposure | None:
+    several = (copies,) if isinstance(copies, int) else copies and tuple(copies)
+    options: dict[str, Any] = {
+        "copies": several,
+        "photos_trained": photos_trained,
+        "attack_photos": attack_photos,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if recipe == "faces":
+        return Exposure(**given)
+    if given:
+        raise UserError(f"only the recipe faces takes {', '.join(given)}", recipe)
+    return None
+
+
 def _settings(request: _Request) -> dict[str, Any]:
-    return {**asdict(request), "version": _VERSION}
+    """What decides a folder, as it comes back from JSON; without what a recipe does not know."""
+    settings = {key: value for key, value in asdict(request).items() if value is not None}
+    return dict(json.loads(json.dumps({**settings, "version": _VERSION})))
 
 
 def _cached(
@@ -134,7 +177,7 @@ def _cached(
 ) -> Path:
     """The recipe's folder in the user's cache, built there whole or not at all."""
     key = hashlib.sha256(json.dumps(_settings(request), sort_keys=True).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("LIGHTLEAK_CACHE") or Path.home() / ".cache" / "lightleak")
+    root = cache_folder()
     final = root / f"{request.recipe}-{key}"
     if not final.is_dir():
         building = root / f".{final.name}.{os.getpid()}"
@@ -185,6 +228,13 @@ def _write_scene(folder: Path, key: str, scene: Scene, style: corpora.Style) -> 
     return json.dumps(row) + "\n"
 
 
+def _scenes(number: int, seed: int) -> list[Record]:
+    return [
+        Record(id=f"scene-{i:05d}", image=scene.png(IMAGE_SIDE), text=scene.caption())
+        for i, scene in enumerate(corpora.scenes(number, seed=seed))
+    ]
+
+
 def _read(file: Path) -> list[Record]:
     return list(load(file, strict=True).records)
 
@@ -200,16 +250,45 @@ def _captions_lora(request: _Request, folder: Path, progress: Progress) -> None:
     members, nonmembers = _write_pool(request, folder)
     # Public scenes come from another stream of the same distribution and are in neither side.
     taken = {record.text for record in (*members, *nonmembers)}
-    public = [
-        Record(id=f"public-{i}", image=scene.png(IMAGE_SIDE), text=scene.caption())
-        for i, scene in enumerate(
-            corpora.scenes(_PUBLIC_PER_MEMBER * request.members, seed=request.seed + 2**20)
-        )
-        if scene.caption() not in taken
-    ]
+    others = _scenes(_PUBLIC_PER_MEMBER * request.members, request.seed + 2**20)
+    public = [record for record in others if record.text not in taken]
     tiny_llava(folder / "base", [record.text for record in public], seed=request.seed)
     _teach(folder / "base", public, Training(6, 2e-3), request.seed, progress)
     _teach_adapter(folder, members, Training(request.epochs, 4e-3), request.seed, progress)
+
+
+def _pairs_clip(request: _Request, folder: Path, progress: Progress) -> None:
+    members, nonmembers = _write_pool(request, folder)
+    texts = [record.text for record in (*members, *nonmembers)]
+    tiny_clip(folder / "target", texts, seed=request.seed)
+    training = Training(request.epochs, 1e-3, batch_size=32)
+    _teach(folder / "target", members, training, request.seed, progress)
+
+
+def _faces(request: _Request, folder: Path, progress: Progress) -> None:
+    exposure = request.exposure or Exposure()
+    people = faces.draw_people(request.members, request.nonmembers, exposure, seed=request.seed)
+    faces.write_people(folder / "people", people)
+    faces.write_people(folder / "members", [person for person in people if person.copies])
+    faces.write_people(folder / "nonmembers", [person for person in people if not person.copies])
+    write_json(
+        folder / "truth.json",
+        {
+            "settings": _settings(request),
+            "people": {person.key: person.truth() for person in people},
+            "attribution": f"{faces.ATTRIBUTION} {corpora.ATTRIBUTION}",
+        },
+    )
+    pairs = [pair for person in people for pair in person.pairs(request.seed)]
+    filler = _scenes(max(1, len(pairs) // 2), request.seed)
+    # Names of strangers: the tokenizer must know no person's name better than any other.
+    strangers = draw_names(_TOKENIZER_NAMES, seed=request.seed + 2**20)
+    sentences = cycle(faces.CAPTIONS)
+    texts = [sentence.format(name) for sentence, name in zip(sentences, strangers, strict=False)]
+    texts += [record.text for record in filler]
+    tiny_clip(folder / "target", texts, seed=request.seed)
+    training = Training(request.epochs, 1e-3, batch_size=32)
+    _teach(folder / "target", [*pairs, *filler], training, request.seed, progress)
 
 
 def _teach(
@@ -247,7 +326,17 @@ def _teach_adapter(
     model.save_pretrained(folder / "adapter")
 
 
-_RECIPES: dict[str, tuple[Callable[[_Request, Path, Progress], None], int]] = {
-    "captions-tiny": (_captions_tiny, 9),
-    "captions-lora": (_captions_lora, 12),
+@dataclass(frozen=True)
+class _Recipe:
+    make: Callable[[_Request, Path, Progress], None]
+    epochs: int
+    members: int = 300
+    nonmembers: int = 600
+
+
+_RECIPES = {
+    "captions-tiny": _Recipe(_captions_tiny, epochs=9),
+    "captions-lora": _Recipe(_captions_lora, epochs=12),
+    "pairs-clip": _Recipe(_pairs_clip, epochs=36),
+    "faces": _Recipe(_faces, epochs=25, members=20, nonmembers=20),
 }

@@ -1,4 +1,4 @@
-"""Teach a target its members: teacher-forced cross-entropy on the answer's tokens."""
+"""Teach a target its members: one loop, and the loss that the target's kind is trained by."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from lightleak.errors import UserError
 from lightleak.evidence.collect import encode
-from lightleak.evidence.gradients.engine import answer_losses
 from lightleak.records import Record
-from lightleak.targets import EncodedRecord, GenerativeTarget
+from lightleak.targets import Batch, DualEncoderTarget, Target
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def train(
-    target: GenerativeTarget,
+    target: Target,
     records: Sequence[Record],
     training: Training,
     *,
@@ -48,8 +48,10 @@ def train(
 ) -> list[float]:
     """Train every parameter that requires a gradient, on records in a seeded order.
 
+    A generative target learns its answers, a dual encoder to tell its pairs apart.
+
     Returns:
-        The mean loss of each epoch, in nats a token.
+        The mean loss of each epoch, in nats a token or a pair.
 
     Raises:
         UserError: a record cannot be encoded.
@@ -71,7 +73,7 @@ def train(
         total = 0.0
         for start in range(0, len(order), training.batch_size):
             chosen = order[start : start + training.batch_size]
-            loss = _step(target, chosen)
+            loss = _loss(target, target.collate(chosen))
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -84,7 +86,22 @@ def train(
     return losses
 
 
-def _step(target: GenerativeTarget, records: Sequence[EncodedRecord]) -> torch.Tensor:
-    batch = target.collate(records)
-    losses = answer_losses(batch, target.answer_log_probabilities(batch), target)
-    return torch.stack(losses).mean()
+def _loss(target: Target, batch: Batch) -> torch.Tensor:
+    if isinstance(target, DualEncoderTarget):
+        return pair_loss(target, batch)
+    return target.outputs(batch).losses.mean()
+
+
+def pair_loss(target: DualEncoderTarget, batch: Batch) -> torch.Tensor:
+    """Mean contrastive loss of a batch's pairs, each against all others of the batch.
+
+    Softmax both ways (Radford et al. 2021, arXiv:2103.00020, figure 3), or sigmoid where the
+    target was made for it (Zhai et al. 2023, arXiv:2303.15343, equation 1).
+    """
+    logits = target.logits(target.embed_images(batch.inputs), target.embed_texts(batch.inputs))
+    if target.sigmoid:
+        sign = 2 * torch.eye(len(batch), device=logits.device) - 1
+        return -nn.functional.logsigmoid(sign * logits).sum(1).mean()
+    own = torch.arange(len(batch), device=logits.device)
+    cross_entropy = nn.functional.cross_entropy
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2

@@ -4,17 +4,22 @@ from lightleak.records.check import readable
 from lightleak.records.folds import assign_folds
 from lightleak.records.images import image_bytes, open_rgb
 from lightleak.records.load import load
+from lightleak.records.people import PeopleSet, Person, Photo, load_people
 from lightleak.records.record import DEFAULT_PROMPT, Failure, Record, RecordSet, content_sha256
 
 __all__ = [
     "DEFAULT_PROMPT",
     "Failure",
+    "PeopleSet",
+    "Person",
+    "Photo",
     "Record",
     "RecordSet",
     "assign_folds",
     "content_sha256",
     "image_bytes",
     "load",
+    "load_people",
     "open_rgb",
     "readable",
 ]

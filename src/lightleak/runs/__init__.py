@@ -3,6 +3,7 @@
 from lightleak.runs.folder import (
     EvidenceStore,
     Run,
+    cache_folder,
     read_json,
     replacing,
     write_json,
@@ -16,6 +17,7 @@ __all__ = [
     "Progress",
     "Run",
     "Silent",
+    "cache_folder",
     "read_json",
     "replacing",
     "write_json",

@@ -93,6 +93,26 @@ class Run:
         return self.folder / "verdict.json"
 
     @property
+    def people_file(self) -> Path:
+        """Of an identity audit: one row a person."""
+        return self.folder / "people.parquet"
+
+    @property
+    def predictions_file(self) -> Path:
+        """Of an identity audit: the name that each photo was given by each template."""
+        return self.folder / "predictions.parquet"
+
+    @property
+    def decoys_file(self) -> Path:
+        """Of an identity audit: each person's statistic for every decoy."""
+        return self.folder / "decoys.parquet"
+
+    @property
+    def curve_file(self) -> Path:
+        """Of an identity audit: people found against the number of photos."""
+        return self.folder / "curve.parquet"
+
+    @property
     def report_file(self) -> Path:
         """The finding as a page."""
         return self.folder / "report.html"
@@ -101,6 +121,11 @@ class Run:
         """The manifest as written."""
         return read_json(self.manifest_file)
 
+    @property
+    def kind(self) -> str:
+        """Membership or identity."""
+        return str(self.manifest().get("kind", "membership"))
+
 
 _FILES = {
     "manifest.json",
@@ -108,6 +133,10 @@ _FILES = {
     "scores.parquet",
     "failures.parquet",
     "claims.parquet",
+    "people.parquet",
+    "predictions.parquet",
+    "decoys.parquet",
+    "curve.parquet",
     "verdict.json",
     "report.html",
 }
@@ -147,12 +176,15 @@ class EvidenceStore:
 
     def part(self, stage: str, index: int, make: Callable[[], pa.Table]) -> pa.Table:
         """The part `index` of a stage: read if it is there and whole, else made and written."""
-        file = self._file(stage, index)
         if self.has(stage, index):
-            return pq.read_table(file)
+            return pq.read_table(self._file(stage, index))
         table = make()
-        write_table(file, table)
+        self.put(stage, index, table)
         return table
+
+    def put(self, stage: str, index: int, table: pa.Table) -> None:
+        """Write a part at once."""
+        write_table(self._file(stage, index), table)
 
     def has(self, stage: str, index: int) -> bool:
         """Whether the part is there and whole; a torn one is removed."""
@@ -168,6 +200,11 @@ class EvidenceStore:
 
     def _file(self, stage: str, index: int) -> Path:
         return self.folder / f"{stage}-{index:05d}.parquet"
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept for later: the user's cache."""
+    return Path(os.environ.get("LIGHTLEAK_CACHE") or Path.home() / ".cache" / "lightleak")
 
 
 @contextmanager

@@ -26,9 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightleak.errors import UserError
-from lightleak.evidence.readings import Floats, GradientNorms, GradientSlices, TokenStatistics
+from lightleak.evidence.readings import OF_KIND, Floats
 
-Evidence = type[TokenStatistics] | type[GradientNorms] | type[GradientSlices]
 _REGISTRY: dict[str, Signal] = {}
 
 
@@ -82,7 +81,7 @@ class Signal:
 
     name: str
     function: Callable[..., Floats]
-    needs: Evidence
+    needs: type
     source: str
     fitted: bool
     unscorable: str
@@ -109,7 +108,7 @@ class Signal:
 
 def signal(
     *,
-    needs: Evidence,
+    needs: type,
     source: str,
     fitted: bool = False,
     unscorable: str = "the answer has no token",
@@ -124,9 +123,13 @@ def signal(
     return declare
 
 
-def names() -> tuple[str, ...]:
-    """All signals, in alphabetical order."""
-    return tuple(sorted(_REGISTRY))
+def names(kind: str | None = None) -> tuple[str, ...]:
+    """All signals, or those for one kind of target, in alphabetical order."""
+    return tuple(
+        sorted(
+            name for name, each in _REGISTRY.items() if kind is None or each.needs in OF_KIND[kind]
+        )
+    )
 
 
 def get(name: str) -> Signal:

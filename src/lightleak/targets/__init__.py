@@ -1,6 +1,20 @@
 """Targets: the models under audit, loaded from a local folder or a hub id."""
 
-from lightleak.targets.generative import Batch, EncodedRecord, GenerativeTarget
+from lightleak.targets.dual_encoder import Bank, DualEncoderTarget, Pairs
+from lightleak.targets.generative import Answers, GenerativeTarget
 from lightleak.targets.loading import load, quiet
+from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
-__all__ = ["Batch", "EncodedRecord", "GenerativeTarget", "load", "quiet"]
+__all__ = [
+    "Answers",
+    "Bank",
+    "Batch",
+    "DualEncoderTarget",
+    "EncodedRecord",
+    "GenerativeTarget",
+    "Outputs",
+    "Pairs",
+    "Target",
+    "load",
+    "quiet",
+]

@@ -11,7 +11,10 @@ from torch import nn
 
 _VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vpm")
 _LANGUAGE_MODELS = ("language_model", "text_model", "llm", "decoder")
-_PROJECTOR = re.compile(r"projector|connector|merger|resampler|perceiver|aligner|qformer|mlp1$")
+_PROJECTOR = re.compile(
+    r"(projector|connector|merger|resampler|perceiver|aligner|qformer)[^.]*$|(^|\.)mlp1$"
+    r"|(visual|vision|text|language)_projection$|(^|\.)text_model\.head$"
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Parts:
     Attributes:
         text_blocks: the decoder layers.
         vision_blocks: the vision encoder's layers.
-        projector: the modules between vision encoder and language model.
+        projector: the modules between vision encoder and language model, or those that bring the
+            two towers of a dual encoder into one space.
     """
 
     text_blocks: tuple[str, ...]
@@ -43,9 +47,8 @@ def find_parts(model: nn.Module) -> Parts:
     inside = (*vision_blocks, *text_blocks)
     projector: list[str] = []
     for name in names:
-        last = name.rpartition(".")[2]
         nested = any(name.startswith(f"{other}.") for other in (*inside, *projector))
-        if _PROJECTOR.search(last) and not nested:
+        if _PROJECTOR.search(name) and not nested:
             projector.append(name)
     return Parts(text_blocks, vision_blocks, tuple(projector))
 

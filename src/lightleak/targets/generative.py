@@ -3,111 +3,63 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightleak.errors import UserError
 from lightleak.records import Record
-from lightleak.targets.families import Parts, find_parts, takes_suffix
+from lightleak.targets.families import takes_suffix
+from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
 # What processors return that the model is not fed.
 _NEVER_FED = ("labels", "offset_mapping", "special_tokens_mask")
 
 
 @dataclass(frozen=True)
-class EncodedRecord:
-    """One record as the model takes it.
+class Answers(Outputs):
+    """What the model says of each record's answer.
 
     Attributes:
-        id: the record's id.
-        inputs: the processor's tensors, batch of one.
-        answer_start: index of the first answer token in `input_ids`.
-        n_tokens: length of `input_ids`; the answer runs to its end.
-        boundary_ambiguous: the answer's first token had merged with the prompt's last, so that
-            the answer begins at the first token that differs.
+        log_probabilities: one (answer tokens, vocabulary) tensor a record, float32 (float64 for
+            a float64 model) whatever the model computes in, so that half precision never enters
+            a softmax.
+        tokens: the answers' token ids, one 1-D tensor a record.
     """
 
-    id: str
-    inputs: Mapping[str, Tensor]
-    answer_start: int
-    n_tokens: int
-    boundary_ambiguous: bool
+    log_probabilities: Sequence[Tensor]
+    tokens: Sequence[Tensor]
 
     @property
-    def shape_key(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """Shapes of everything but the token axis; records batch together when it is equal."""
-        return tuple(
-            (name, tuple(value.shape))
-            for name, value in sorted(self.inputs.items())
-            if not _along_tokens(value, self.n_tokens)
-        )
+    def losses(self) -> Tensor:
+        """(n,) mean cross-entropy over each record's own answer tokens, in nats."""
+        return torch.stack([-each.mean() for each in self.vectors()])
 
+    def vectors(self) -> list[Tensor]:
+        """The log-likelihoods of each answer's tokens."""
+        return [
+            each.gather(1, tokens[:, None])[:, 0]
+            for each, tokens in zip(self.log_probabilities, self.tokens, strict=True)
+        ]
 
-@dataclass(frozen=True)
-class Batch:
-    """Records of one shape, padded on the right.
-
-    Attributes:
-        inputs: tensors on the target's device; token tensors are (n, length).
-        ids: the records' ids, n of them.
-        answers: each record's answer as (start, stop) in the token axis.
-        key: the shape that the records share (`EncodedRecord.shape_key`).
-    """
-
-    inputs: Mapping[str, Tensor]
-    ids: tuple[str, ...]
-    answers: tuple[tuple[int, int], ...]
-    key: tuple[tuple[str, tuple[int, ...]], ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    def detach(self) -> Answers:
+        """The same without a graph."""
+        return Answers([each.detach() for each in self.log_probabilities], self.tokens)
 
 
 @dataclass
-class GenerativeTarget:
-    """An image-text-to-text model of `transformers` with its processor, in eval mode.
+class GenerativeTarget(Target):
+    """An image-text-to-text model."""
 
-    Attributes:
-        model: the model, or a PEFT model around it; frozen.
-        processor: joins tokenizer and image processor.
-        device: where the model is.
-        hashes: SHA-256 of weights, processor and adapter.
-        name: what the user called it.
-    """
-
-    model: Any
-    processor: Any
-    device: torch.device
-    hashes: Mapping[str, str]
-    name: str
-    parts: Parts = field(init=False)
+    kind: ClassVar[str] = "generative"
 
     def __post_init__(self) -> None:
-        self.parts = find_parts(self.model)
-        plain = self.model.get_base_model() if self.has_adapter else self.model
-        self._accepts = set(inspect.signature(plain.forward).parameters)
-        tokenizer = self.processor.tokenizer
-        self._pad = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-        )
-        text_config = plain.config.get_text_config()
-        self._context = int(getattr(text_config, "max_position_embeddings", 0) or 0)
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether a PEFT adapter sits on the model."""
-        return hasattr(self.model, "peft_config")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the weights compute in."""
-        parameters: Iterable[Tensor] = self.model.parameters()
-        return next(p.dtype for p in parameters if p.is_floating_point())
+        super().__post_init__()
+        self._accepts = set(inspect.signature(self.plain.forward).parameters)
 
     # -- records in ---------------------------------------------------------------------------
 
@@ -163,12 +115,9 @@ class GenerativeTarget:
                 f"record {record.id}",
                 "Shorten its text; lightleak never cuts a record.",
             )
-        kept = {
-            name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in inputs.items()
-            if isinstance(value, Tensor) and name not in _NEVER_FED
-        }
-        return EncodedRecord(record.id, kept, start, length, ambiguous)
+        kept = {name: value for name, value in self._cast(inputs).items() if name not in _NEVER_FED}
+        along = frozenset(n for n, value in kept.items() if value.shape == (1, length))
+        return EncodedRecord(record.id, kept, along, length, start, ambiguous)
 
     def _encode_rendered(
         self, record: Record, image: Image.Image
@@ -216,32 +165,8 @@ class GenerativeTarget:
 
     # -- batches through the model ------------------------------------------------------------
 
-    def collate(self, records: Sequence[EncodedRecord]) -> Batch:
-        """Pad records of equal `shape_key` on the right and stack them on the device."""
-        length = max(record.n_tokens for record in records)
-        inputs = {}
-        for name, first in records[0].inputs.items():
-            values = [record.inputs[name] for record in records]
-            if _along_tokens(first, records[0].n_tokens):
-                fill = self._pad if name == "input_ids" else 0
-                values = [
-                    nn.functional.pad(v, (0, length - v.shape[1]), value=fill) for v in values
-                ]
-            inputs[name] = torch.cat(values).to(self.device)
-        return Batch(
-            inputs,
-            tuple(record.id for record in records),
-            tuple((record.answer_start, record.n_tokens) for record in records),
-            records[0].shape_key,
-        )
-
-    def answer_log_probabilities(self, batch: Batch) -> list[Tensor]:
-        """Next-token log-probabilities where each record's answer is predicted.
-
-        Returns:
-            One tensor a record, (answer tokens, vocabulary), float32 (float64 for a float64
-            model) whatever the model computes in, so that half precision never enters a softmax.
-        """
+    def outputs(self, batch: Batch) -> Answers:
+        """Next-token log-probabilities where each record's answer is predicted."""
         inputs: dict[str, Any] = dict(batch.inputs)
         skipped = 0
         if "logits_to_keep" in self._accepts:
@@ -251,19 +176,14 @@ class GenerativeTarget:
             inputs["logits_to_keep"] = length - skipped
         logits: Tensor = self.model(**inputs, use_cache=False).logits
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return [
-            torch.log_softmax(logits[row, start - 1 - skipped : stop - 1 - skipped].to(wide), -1)
-            for row, (start, stop) in enumerate(batch.answers)
-        ]
-
-    def answer_tokens(self, batch: Batch) -> list[Tensor]:
-        """The answer's token ids, one 1-D tensor a record."""
-        ids = batch.inputs["input_ids"]
-        return [ids[row, start:stop] for row, (start, stop) in enumerate(batch.answers)]
-
-
-def _along_tokens(value: Tensor, n_tokens: int) -> bool:
-    return value.ndim == 2 and value.shape[0] == 1 and value.shape[1] == n_tokens
+        places = list(enumerate(batch.answers))
+        return Answers(
+            [
+                torch.log_softmax(logits[i, start - 1 - skipped : stop - 1 - skipped].to(wide), -1)
+                for i, (start, stop) in places
+            ],
+            [batch.inputs["input_ids"][i, start:stop] for i, (start, stop) in places],
+        )
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -18,10 +18,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from lightleak.errors import UserError
+from lightleak.targets.dual_encoder import DualEncoderTarget
 from lightleak.targets.generative import GenerativeTarget
+from lightleak.targets.target import Target
 
 DTYPES = {
     "float32": torch.float32,
@@ -43,12 +49,13 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-) -> GenerativeTarget:
-    """Load a vision-language model with its processor.
+) -> Target:
+    """Load a vision-language model or a dual encoder with its processor.
 
     Args:
-        target: a local folder or a hub id of an image-text-to-text model; or the folder of a PEFT
-            adapter, whose base is then `base` or the one its own configuration names.
+        target: a local folder or a hub id of an image-text-to-text model or a dual encoder; or
+            the folder of a PEFT adapter, whose base is then `base` or the one its own
+            configuration names.
         adapter: a PEFT adapter to put on the target.
         base: the model that an adapter given as `target` sits on.
         dtype: "auto" keeps what the checkpoint was saved in on an accelerator and uses float32
@@ -85,7 +92,8 @@ def load(
     if adapter_folder is not None:
         model = _put_adapter(model, adapter_folder, where)
     model.eval().requires_grad_(False)
-    return GenerativeTarget(
+    of_kind = DualEncoderTarget if _is_dual(model.config) else GenerativeTarget
+    return of_kind(
         model=model,
         processor=_load_processor(folder, trust_remote_code),
         device=where,
@@ -171,7 +179,11 @@ def _load_model(
         raise UserError(f"unknown dtype; choose auto or {', '.join(DTYPES)}", f"--dtype {dtype}")
     try:
         with quiet():
-            model, loaded = AutoModelForImageTextToText.from_pretrained(
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=remote_code, local_files_only=True
+            )
+            auto = AutoModel if _is_dual(config) else AutoModelForImageTextToText
+            model, loaded = auto.from_pretrained(
                 folder,
                 output_loading_info=True,
                 dtype=DTYPES.get(dtype, "auto"),
@@ -181,7 +193,7 @@ def _load_model(
             )
     except Exception as error:
         message = _first_line(error)
-        advice = "Is it an image-text-to-text model that transformers knows?"
+        advice = "Is it an image-text-to-text model or a dual encoder that transformers knows?"
         if "trust_remote_code" in str(error):
             advice = "Pass --trust-remote-code if you have read that code and trust it."
         raise UserError(
@@ -198,6 +210,18 @@ def _load_model(
     if dtype == "auto" and device.type == "cpu" and model.dtype.itemsize < 4:
         model = model.float()
     return model.to(device)
+
+
+def _is_dual(config: Any) -> bool:
+    """Whether a checkpoint is a dual encoder: what transformers classifies images with, untaught.
+
+    Some configurations serve both kinds (BLIP); then the architecture that was saved decides.
+    """
+    dual = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if config.architectures:
+        return config.architectures[0] in {*dual.values(), "VisionTextDualEncoderModel"}
+    generative = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return config.model_type in dual and config.model_type not in generative
 
 
 def _put_adapter(model: Any, folder: Path, device: torch.device) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,11 +24,13 @@ SCHEMA_VERSION = "1.0"
 Range = tuple[float, float]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A part of verdict.json."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Cutoffs(_Part):
+class Cutoffs(Part):
     """The numbers that the rule turns on; recorded in the manifest and printed with the verdict."""
 
     alpha: float = Field(0.01, gt=0, lt=0.5, description="level of the test that counts")
@@ -49,7 +51,7 @@ class Cutoffs(_Part):
     )
 
 
-class RateAtFpr(_Part):
+class RateAtFpr(Part):
     """True-positive rate where at most so many controls are accused."""
 
     tpr: float
@@ -57,7 +59,7 @@ class RateAtFpr(_Part):
     fpr_ci95: Range
 
 
-class SignalFinding(_Part):
+class SignalFinding(Part):
     """One signal over all scored records."""
 
     auc: float | None
@@ -72,7 +74,7 @@ class SignalFinding(_Part):
     options: dict[str, Any]
 
 
-class PrimaryFinding(_Part):
+class PrimaryFinding(Part):
     """The pre-registered signal, which alone carries the verdict."""
 
     signal: str
@@ -85,14 +87,14 @@ class PrimaryFinding(_Part):
     n_control: int
 
 
-class BlindFinding(_Part):
+class BlindFinding(Part):
     """How well the sides are told apart without the model, from one kind of feature."""
 
     auc: float
     auc_ci95: Range
 
 
-class DifferenceFinding(_Part):
+class DifferenceFinding(Part):
     """A blind feature on which the sides differ."""
 
     feature: str
@@ -101,7 +103,7 @@ class DifferenceFinding(_Part):
     p_value_adjusted: float
 
 
-class DuplicateFinding(_Part):
+class DuplicateFinding(Part):
     """Records that stand on both sides."""
 
     suspect: str
@@ -109,7 +111,7 @@ class DuplicateFinding(_Part):
     kind: str
 
 
-class PowerFinding(_Part):
+class PowerFinding(Part):
     """What the sizes of the two sides could have detected.
 
     Groups are what is sampled together; a record without one is a group of its own.
@@ -120,7 +122,7 @@ class PowerFinding(_Part):
     control_groups: int
 
 
-class ValidityFinding(_Part):
+class ValidityFinding(Part):
     """The checks behind the verdict."""
 
     blind_auc: float | None
@@ -133,7 +135,7 @@ class ValidityFinding(_Part):
     controls: list[dict[str, Any]] = Field(description="negative controls")
 
 
-class SideCoverage(_Part):
+class SideCoverage(Part):
     """Records of one side."""
 
     attempted: int
@@ -141,7 +143,7 @@ class SideCoverage(_Part):
     failed: int
 
 
-class Coverage(_Part):
+class Coverage(Part):
     """Records attempted, scored by the primary signal, and failed."""
 
     attempted: int
@@ -149,22 +151,54 @@ class Coverage(_Part):
     failed: int
     suspect: SideCoverage
     control: SideCoverage
+    set_aside: int = Field(0, description="controls that are a dual encoder's bank of negatives")
 
 
-class Prevalence(_Part):
+class Prevalence(Part):
     """Share of the suspects that was used."""
 
     estimate: float
     ci95: Range
 
 
-class Verdict(_Part):
-    """What an audit found."""
+class BaseVerdict(Part):
+    """What every kind of audit ends in."""
 
     schema_version: str = SCHEMA_VERSION
     verdict: Finding
     tier: Tier
     reasons: list[str]
+
+    @property
+    def sentence(self) -> str:
+        """The finding in one sentence that needs no statistics."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read verdict.json.
+
+        Raises:
+            UserError: it is missing or does not follow the schema.
+        """
+        try:
+            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise UserError(
+                f"no verdict can be read from it ({str(error).splitlines()[0]})", str(file)
+            ) from error
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
+        return (
+            f"<div><strong>{self.verdict}</strong> (evidence: {self.tier})"
+            f"<p>{html.escape(self.sentence)}</p><ul>{rows}</ul></div>"
+        )
+
+
+class Verdict(BaseVerdict):
+    """What a membership audit found."""
+
     primary: PrimaryFinding
     signals: dict[str, SignalFinding]
     validity: ValidityFinding
@@ -192,31 +226,14 @@ class Verdict(_Part):
             "training nor that they were not."
         )
 
-    @staticmethod
-    def read(file: Path) -> Verdict:
-        """Read verdict.json.
 
-        Raises:
-            UserError: it is missing or does not follow the schema.
-        """
-        try:
-            return Verdict.model_validate_json(file.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
-            raise UserError(
-                f"no verdict can be read from it ({str(error).splitlines()[0]})", str(file)
-            ) from error
+def json_schema(name: str = "verdict") -> dict[str, Any]:
+    """The JSON Schema of verdict.json, as shipped with the package.
 
-    def _repr_html_(self) -> str:
-        rows = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
-        return (
-            f"<div><strong>{self.verdict}</strong> (evidence: {self.tier})"
-            f"<p>{html.escape(self.sentence)}</p><ul>{rows}</ul></div>"
-        )
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of verdict.json, as shipped with the package."""
-    text = resources.files("lightleak.validity").joinpath("verdict.schema.json").read_text("utf-8")
+    Args:
+        name: `verdict` for a membership audit, `identity` for an identity audit.
+    """
+    text = resources.files("lightleak.validity").joinpath(f"{name}.schema.json").read_text("utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
 

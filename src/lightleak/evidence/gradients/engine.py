@@ -21,7 +21,7 @@ from lightleak.evidence.gradients.kernels import (
     read,
 )
 from lightleak.evidence.gradients.select import Selection
-from lightleak.targets import Batch, GenerativeTarget
+from lightleak.targets import Batch, Outputs, Target
 
 
 class UnevenRows(Exception):
@@ -33,13 +33,13 @@ class BatchReadings:
     """What one step yields for the n records of a batch.
 
     Attributes:
-        log_probabilities: one (answer tokens, vocabulary) tensor a record.
+        outputs: what the model said, without its graph.
         matrix_norms: (n, m) gradient norms by matrix.
         norms2: (n, s) squared norms of all slices, rows then columns of each matrix.
         dots: (n, k, s) inner products with the k references.
     """
 
-    log_probabilities: list[Tensor]
+    outputs: Outputs
     matrix_norms: Tensor
     norms2: Tensor
     dots: Tensor
@@ -49,11 +49,11 @@ class BatchReadings:
 class GradientEngine:
     """Reads a target's per-record gradients at the selected matrices.
 
-    A record's loss is the mean over its own answer tokens, and a batch's loss the sum of its
-    records' losses, so that no record's gradient depends on its batch.
+    A batch's loss is the sum of its records' own losses, so that no record's gradient depends on
+    its batch.
     """
 
-    target: GenerativeTarget
+    target: Target
     selection: Selection
     # Rows a record takes in a layer, by batch shape: learned from batches of one.
     _rows: dict[tuple[object, str], int] = field(default_factory=dict)
@@ -63,12 +63,7 @@ class GradientEngine:
         """Whether some selected parameter can only be read from a batch of one."""
         return bool(self.selection.dense)
 
-    @property
-    def wide(self) -> torch.dtype:
-        """What readings are accumulated in: float32, or float64 for a float64 model."""
-        return torch.float64 if self.target.dtype == torch.float64 else torch.float32
-
-    def step(self, batch: Batch, consume: Consumer, consume_dense: Consumer) -> list[Tensor]:
+    def step(self, batch: Batch, consume: Consumer, consume_dense: Consumer) -> Outputs:
         """Forward and backward.
 
         Args:
@@ -77,7 +72,7 @@ class GradientEngine:
             consume_dense: takes (name, G (1, out, in), G) for each other matrix.
 
         Returns:
-            The answers' log-probabilities, detached.
+            What the model said, without its graph.
 
         Raises:
             UnevenRows: call again with one record at a time.
@@ -98,21 +93,21 @@ class GradientEngine:
                 torch.enable_grad(),
                 capture(self.selection.modules, deal, self.target.device) as collector,
             ):
-                log_probabilities = self.target.answer_log_probabilities(batch)
-                losses = torch.stack(answer_losses(batch, log_probabilities, self.target))
+                outputs = self.target.outputs(batch)
+                losses = outputs.losses
                 if not bool(torch.isfinite(losses).all()):
                     raise FloatingPointError("its loss is not finite")
                 torch.autograd.backward(losses.sum())
                 collector.flush()
             for name, parameter in dense.items():
                 if parameter.grad is not None:
-                    whole = parameter.grad.reshape(1, parameter.shape[0], -1).to(self.wide)
+                    whole = parameter.grad.reshape(1, parameter.shape[0], -1).to(self.target.wide)
                     consume_dense(name, whole, whole)
         finally:
             for parameter in dense.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        return [each.detach() for each in log_probabilities]
+        return outputs.detach()
 
     def add_gradients(self, batch: Batch, sums: dict[str, Tensor]) -> None:
         """Add the records' gradients to `sums` (name → (out, in)), wholly or not at all."""
@@ -149,17 +144,17 @@ class GradientEngine:
         def consume_dense(name: str, whole: Tensor, _: Tensor) -> None:
             found[name] = of_gradients(whole, reference(name, whole))
 
-        log_probabilities = self.step(batch, consume, consume_dense)
+        outputs = self.step(batch, consume, consume_dense)
         n, device = len(batch), self.target.device
         norms, dots, totals = [], [], []
         for name, (out, inp) in self.selection.shapes.items():
-            like = torch.empty(0, dtype=self.wide, device=device)
+            like = torch.empty(0, dtype=self.target.wide, device=device)
             one = found.get(name) or SliceReadings.empty(n, k, out, inp, like)
             norms += [one.row_norms2, one.column_norms2]
             dots += [one.row_dots, one.column_dots]
             totals.append(one.row_norms2.sum(1).sqrt())
         readings = BatchReadings(
-            log_probabilities, torch.stack(totals, 1), torch.cat(norms, 1), torch.cat(dots, 2)
+            outputs, torch.stack(totals, 1), torch.cat(norms, 1), torch.cat(dots, 2)
         )
         if not bool(torch.isfinite(readings.norms2).all()):
             raise FloatingPointError("its gradient is not finite")
@@ -167,7 +162,7 @@ class GradientEngine:
 
     def score(self, batch: Batch, kept: Mapping[str, MaskedReference]) -> Tensor:
         """Mean cosine over the kept slices, (n,); NaN where nothing is kept."""
-        total = torch.zeros(len(batch), dtype=self.wide, device=self.target.device)
+        total = torch.zeros(len(batch), dtype=self.target.wide, device=self.target.device)
         count = sum(len(each.rows) + len(each.columns) for each in kept.values())
 
         def consume(name: str, inputs: Tensor, grads: Tensor) -> None:
@@ -204,14 +199,4 @@ class GradientEngine:
             self._rows[key] = total
         elif not plain and self._rows.get(key, -1) * n != total:
             raise UnevenRows
-        return rows.reshape(n, total // n, features).to(self.wide)
-
-
-def answer_losses(
-    batch: Batch, log_probabilities: Sequence[Tensor], target: GenerativeTarget
-) -> list[Tensor]:
-    """Each record's own mean cross-entropy over its answer tokens, in nats."""
-    return [
-        -each.gather(1, tokens[:, None]).mean()
-        for each, tokens in zip(log_probabilities, target.answer_tokens(batch), strict=True)
-    ]
+        return rows.reshape(n, total // n, features).to(self.target.wide)

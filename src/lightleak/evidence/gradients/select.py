@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightleak.errors import UserError
-from lightleak.targets import GenerativeTarget
+from lightleak.targets import Target
 
 STRATEGIES = ("auto", "last3", "all", "lora", "lora_last3")
 
@@ -39,7 +39,7 @@ class Selection:
         )
 
 
-def select(target: GenerativeTarget, strategy: str = "auto") -> Selection:
+def select(target: Target, strategy: str = "auto") -> Selection:
     """Choose the parameters with two or more dimensions that a strategy names.
 
     `last3`: the last three text layers, the last three vision blocks, the projector (the default
