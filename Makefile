@@ -25,9 +25,7 @@ format: $(READY)
 
 # verdict.json's JSON Schema follows the classes that write it; a test holds them together.
 schema: $(READY)
-	$(BIN)/python -c "import json; from lightleak.validity import Verdict; \
-	print(json.dumps(Verdict.model_json_schema(mode='serialization'), indent=2))" \
-	> src/lightleak/validity/verdict.schema.json
+	$(BIN)/python -m lightleak.validity.schemas
 
 clean:
 	rm -rf $(VENV) lightleak-demo

@@ -27,6 +27,8 @@ from transformers.models.auto.modeling_auto import (
 from lightleak.errors import UserError
 from lightleak.targets.dual_encoder import DualEncoderTarget
 from lightleak.targets.generative import GenerativeTarget
+from lightleak.targets.open_clip import CONFIG as OPEN_CLIP
+from lightleak.targets.open_clip import load_open_clip
 from lightleak.targets.target import Target
 
 DTYPES = {
@@ -88,14 +90,21 @@ def load(
         # By its name: peft takes a pickle beside any other safetensors file.
         _refuse_pickle(adapter_folder, "adapter_model.safetensors", allow_pickle)
     where = torch.device(_choose_device(device))
-    model = _load_model(folder, dtype, where, trust_remote_code, allow_pickle)
+    _check_dtype(dtype)
+    if (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file():
+        with quiet():
+            dressed, processor = load_open_clip(folder)
+        model = dressed.to(where, DTYPES.get(dtype, torch.float32))
+    else:
+        model = _load_model(folder, dtype, where, trust_remote_code, allow_pickle)
+        processor = _load_processor(folder, trust_remote_code)
     if adapter_folder is not None:
         model = _put_adapter(model, adapter_folder, where)
     model.eval().requires_grad_(False)
     of_kind = DualEncoderTarget if _is_dual(model.config) else GenerativeTarget
     return of_kind(
         model=model,
-        processor=_load_processor(folder, trust_remote_code),
+        processor=processor,
         device=where,
         hashes=_hashes(folder, adapter_folder),
         name=str(target),
@@ -172,11 +181,14 @@ def _choose_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"unknown dtype; choose auto or {', '.join(DTYPES)}", f"--dtype {dtype}")
+
+
 def _load_model(
     folder: Path, dtype: str, device: torch.device, remote_code: bool, allow_pickle: bool
 ) -> Any:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"unknown dtype; choose auto or {', '.join(DTYPES)}", f"--dtype {dtype}")
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
@@ -218,6 +230,8 @@ def _is_dual(config: Any) -> bool:
     Some configurations serve both kinds (BLIP); then the architecture that was saved decides.
     """
     dual = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if config.model_type == "open_clip":
+        return True
     if config.architectures:
         return config.architectures[0] in {*dual.values(), "VisionTextDualEncoderModel"}
     generative = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -310,16 +324,16 @@ def quiet() -> Iterator[None]:
     """Silence the bars and notices of loading and saving; errors still reach the caller."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    below = logging.root.manager.disable
     log.set_verbosity_error()
     log.disable_progress_bar()
-    root = logging.getLogger("transformers")
-    before = root.level
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        root.setLevel(before)
+        logging.disable(below)
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightleak.errors import UserError
 from lightleak.targets import Target
@@ -79,7 +80,9 @@ def select(target: Target, strategy: str = "auto") -> Selection:
         shapes[name] = (parameter.shape[0], parameter[0].numel())
         owner_name, _, leaf = name.rpartition(".")
         owner = modules[owner_name]
-        if leaf == "weight" and type(owner).forward is nn.Linear.forward:
+        # nn.MultiheadAttention takes this one's weight and never calls it.
+        called = not isinstance(owner, NonDynamicallyQuantizableLinear)
+        if leaf == "weight" and called and type(owner).forward is nn.Linear.forward:
             linear[name] = owner
         else:
             dense.append(name)
