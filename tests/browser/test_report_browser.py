@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lightleak.report import report
+from report.synthetic_people import write_people_run
 from report.synthetic_run import exposed
 
 HOSTILE = (
@@ -72,6 +73,29 @@ def page(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def people_page(tmp_path_factory):
+    """The report of an exposed identity run with hostile and very long names, in any script."""
+    names = {f"suspect/p{i}": HOSTILE if i % 3 else "م" * 10_000 for i in range(20)}
+    folder = tmp_path_factory.mktemp("people")
+    return report(
+        write_people_run(
+            folder / "run",
+            sets={"suspect": 20, "known": 5, "control": 20},
+            known=12,
+            names=names,
+            failures=[(f"suspect/{HOSTILE}", "photo", "y" * 3000)],
+            photos=folder,
+        )
+    )
+
+
+@pytest.fixture(params=["page", "people_page"])
+def either(request):
+    """Each kind of page."""
+    return request.getfixturevalue(request.param)
+
+
 def without_policy(page):
     """The page as a browser would run it that knew no content policy."""
     source = page.read_text(encoding="utf-8")
@@ -79,18 +103,18 @@ def without_policy(page):
     return source[:start] + source[source.index(">", start) + 1 :]
 
 
-def test_a_hostile_record_runs_nothing_even_without_the_policy(browse, page, tmp_path):
+def test_a_hostile_record_runs_nothing_even_without_the_policy(browse, either, tmp_path):
     bare = tmp_path / "bare.html"
-    bare.write_text(without_policy(page), encoding="utf-8")
-    for file in (page, bare):
+    bare.write_text(without_policy(either), encoding="utf-8")
+    for file in (either, bare):
         dom = browse(file, "--dump-dom")
-        assert "<title>Exposed: membership audit of models/kettle-7b</title>" in dom
+        assert "<title>Exposed: " in dom
         assert "&lt;script&gt;document.title" in dom
 
 
-def test_the_first_screen_is_drawn(browse, page, tmp_path):
+def test_the_first_screen_is_drawn(browse, either, tmp_path):
     shot = tmp_path / "first.png"
-    browse(page, f"--screenshot={shot}", "--window-size=1280,900")
+    browse(either, f"--screenshot={shot}", "--window-size=1280,900")
     pixels = np.asarray(Image.open(shot).convert("RGB"))
     assert pixels.shape == (900, 1280, 3)
     assert (pixels[0, 0] == (152, 41, 28)).all()  # the bar in the colour of the verdict
@@ -108,9 +132,22 @@ def test_the_figures_are_drawn(browse, page, tmp_path):
     assert blue[:, 640:].sum() > 300
 
 
+def test_the_heat_map_is_shaded_and_true_names_stand_beyond_their_decoys(
+    browse, people_page, tmp_path
+):
+    shot = tmp_path / "all.png"
+    browse(people_page, f"--screenshot={shot}", "--window-size=1280,10000")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    blue = (np.abs(pixels - SUSPECT_BLUE).max(axis=2) < 3).sum(axis=1)
+    # Rows of the heat map where a template named the person on every photo: one cell is filled.
+    assert (blue > 60).sum() > 12 * 10
+    # A marker is a small diamond, and there is one for each person that was found.
+    assert ((blue > 4) & (blue < 30)).sum() > 12 * 8
+
+
 @pytest.mark.parametrize("width", [PHONE, 768, 1280])
-def test_nothing_sticks_out_sideways(browse, page, tmp_path, width):
-    telling = without_policy(page).replace("</head>", f"{TELL}</head>")
+def test_nothing_sticks_out_sideways(browse, either, tmp_path, width):
+    telling = without_policy(either).replace("</head>", f"{TELL}</head>")
     (tmp_path / "framed.html").write_text(telling, encoding="utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(width=width), encoding="utf-8")

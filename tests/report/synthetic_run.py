@@ -12,6 +12,7 @@ from PIL import Image
 
 from lightleak.audits.judge import judge
 from lightleak.evidence.table import schema
+from lightleak.evidence.tokens import AnswerReader
 from lightleak.runs import Run, write_json, write_table
 
 TOKENS = 12
@@ -62,7 +63,10 @@ def write_run(
         **{name: [[]] * len(ids) for name in ("matrix_norms", "slice_norms2", "slice_dots")},
         "in_reference": [[]] * len(ids),
     }
-    write_table(run.evidence / "part-00000.parquet", pa.table(rows, schema=schema(double=True)))
+    write_table(
+        run.evidence / "part-00000.parquet",
+        pa.table(rows, schema=schema(AnswerReader().columns, double=True)),
+    )
     paths = {}
     if images is not None:
         images.mkdir(exist_ok=True)
@@ -80,6 +84,7 @@ def write_run(
         "image": pa.array([paths.get(key) for key in ids], pa.string()),
     }
     write_table(run.evidence / "records.parquet", pa.table(about))
+    write_table(run.evidence / "bank.parquet", pa.table({"id": pa.array([], pa.string())}))
     failed = list(zip(*unusable, strict=True)) or [(), (), ()]
     columns = {
         name: pa.array(values, pa.string())
@@ -104,7 +109,12 @@ def write_run(
         "command": "lightleak audit",
         "settings": settings,
         "pre_registered_primary_signal": "loss",
-        "target": {"name": "models/kettle-7b", "dtype": "torch.float32", "device": "cpu"},
+        "target": {
+            "name": "models/kettle-7b",
+            "kind": "generative",
+            "dtype": "torch.float32",
+            "device": "cpu",
+        },
         "hashes": {"weights": "706d9e1d" * 8, "suspect records": "9d436eec" * 8},
         "versions": {"lightleak": "0.1.0", "python": "3.11"},
         "host": {"system": "Linux"},

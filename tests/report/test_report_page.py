@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from io import BytesIO
 from urllib.request import urlopen
 
@@ -15,10 +14,11 @@ from PIL import Image
 from lightleak import statistics as st
 from lightleak.errors import UserError
 from lightleak.report import report
-from lightleak.report.contents import PrimaryScores
-from lightleak.report.figures import curve
+from lightleak.report.membership.contents import PrimaryScores
+from lightleak.report.membership.figures import curve
 from lightleak.runs import Run
 from lightleak.validity import Verdict
+from report.page import Page, squeeze
 from report.synthetic_run import exposed, inconclusive, no_evidence, write_run
 
 MAKERS = {"exposed": exposed, "no_evidence": no_evidence, "inconclusive": inconclusive}
@@ -27,47 +27,6 @@ UNUSABLE = [
     ("suspect/<b>bad", "image", f"it is truncated {HOSTILE}"),
     ("control/b2", "image", "no such file"),
 ]
-
-
-class Page(HTMLParser):
-    """A page as its reader gets it: tags with their attributes, and the text."""
-
-    def __init__(self, file):
-        super().__init__()
-        self.source = file.read_text(encoding="utf-8")
-        self.tags = []
-        self.rows = []
-        self._texts = []
-        self._style = False
-        self._in_row = False
-        self.feed(self.source)
-        self.text = " ".join("".join(self._texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._style = tag == "style"
-        if tag == "tr":
-            self.rows.append("")
-            self._in_row = True
-        if tag not in ("bdi", "code"):
-            self.handle_data(" ")
-
-    def handle_endtag(self, tag):
-        self._in_row = self._in_row and tag != "tr"
-
-    def handle_data(self, data):
-        if not self._style:
-            self._texts.append(data)
-            if self._in_row:
-                self.rows[-1] += data
-
-    def row(self, start):
-        """The text of the table row that starts so."""
-        return next(row for row in map(squeeze, self.rows) if row.startswith(start))
-
-
-def squeeze(text):
-    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +138,17 @@ def test_every_failure_is_counted_and_named(tmp_path):
     assert "signal loss, suspect 3" in page.text
     assert page.row("b2") == "b2 control image no such file"
     assert "57 of 61 suspects and 60 of 61 controls were scored" in page.text
+
+
+def test_controls_that_are_the_bank_of_negatives_are_told_from_those_scored(tmp_path, runs):
+    shutil.copytree(runs["no_evidence"].folder, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    verdict = json.loads(run.verdict_file.read_text())
+    verdict["coverage"]["set_aside"] = 60
+    run.verdict_file.write_text(json.dumps(verdict))
+    said = "60 more controls are the bank of negatives and are not scored."
+    assert said in Page(report(run)).text
+    assert "bank of negatives" not in Page(runs["no_evidence"].report_file).text
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
-from lightleak.report import figures, words
-from lightleak.report.contents import Contents, flatten, read
+from lightleak.errors import UserError
+from lightleak.report import contents, identity, membership, words
 from lightleak.runs import Run, replacing
-from lightleak.validity import Cutoffs
+
+_KINDS = {"membership": membership.fill, "identity": identity.fill}
 
 
 def report(run: str | Path | Run, *, show_images: bool = False) -> Path:
@@ -19,7 +21,8 @@ def report(run: str | Path | Run, *, show_images: bool = False) -> Path:
 
     Args:
         run: the folder of a judged run.
-        show_images: embed small copies of the pictures of the records that are listed.
+        show_images: embed small copies of the pictures of the records or people that are listed;
+            without it faces are blurred beyond recognition, and other pictures left out.
 
     Returns:
         Where the page is.
@@ -28,17 +31,27 @@ def report(run: str | Path | Run, *, show_images: bool = False) -> Path:
         UserError: the run has no verdict, or a file of it is missing or damaged.
     """
     opened = run if isinstance(run, Run) else Run.open(run)
-    page = render(read(opened, show_images=show_images), show_images=show_images)
+    if opened.kind not in _KINDS:
+        raise UserError(
+            f"no page is known for a run of the kind {opened.kind!r}",
+            str(opened.manifest_file),
+            f"Kinds: {', '.join(_KINDS)}.",
+        )
+    if not opened.verdict_file.is_file():
+        raise UserError(
+            "this run has no verdict yet",
+            str(opened.folder),
+            "Run the same audit again to its end.",
+        )
+    filled = _KINDS[opened.kind](opened, show_images=show_images)
+    page = _render(opened, show_images=show_images, **filled)
     with replacing(opened.report_file) as stream:
         stream.write(page.encode())
     return opened.report_file
 
 
-def render(contents: Contents, *, show_images: bool) -> str:
+def _render(run: Run, **filled: Any) -> str:
     """The page as HTML. Every text of the run is escaped: records and file names are hostile."""
-    verdict, scores = contents.verdict, contents.scores
-    settings = contents.manifest["settings"]
-    tests = words.tests(verdict)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lightleak.report"),
         autoescape=True,
@@ -50,25 +63,19 @@ def render(contents: Contents, *, show_images: bool) -> str:
         "percent": words.percent,
         "p": words.p_value,
         "score": words.score,
+        "thousands": words.thousands,
         "cut": words.cut,
     }
-    return environment.get_template("report.html.j2").render(
-        contents=contents,
-        verdict=verdict,
-        manifest=contents.manifest,
-        manifest_rows=list(flatten(contents.manifest)),
-        show_images=show_images,
-        words=words,
-        tests=tests,
-        counted=next((test for test in tests if test.counts), None),
-        declared=words.declared(settings["design"]),
+    environment.globals["VERDICTS"] = words.VERDICTS
+    manifest, cutoffs = run.manifest(), filled["verdict"].cutoffs
+    return environment.get_template(f"{run.kind}.html.j2").render(
+        manifest=manifest,
+        manifest_rows=list(contents.flatten(manifest)),
+        failures=contents.failures(run),
+        hashes=contents.hashes(run),
         cutoffs=[
-            (field.description, getattr(verdict.cutoffs, name))
-            for name, field in Cutoffs.model_fields.items()
+            (field.description, getattr(cutoffs, name))
+            for name, field in type(cutoffs).model_fields.items()
         ],
-        roc=[] if scores is None else figures.roc(scores, settings["seed"]),
-        distributions=(
-            [] if scores is None else figures.distributions(scores, verdict.primary.signal)
-        ),
-        blind_comparison=figures.blind_comparison(verdict),
+        **filled,
     )

@@ -1,88 +1,26 @@
-"""Drawings: inline SVG that needs no script, no font file and no colour vision."""
+"""Drawings of a membership audit."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from io import StringIO
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup, escape
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from lightleak import statistics as st
-from lightleak.report.contents import PrimaryScores
+from lightleak.report.drawing import CONTROL, FAINT, INK, SUSPECT, canvas
+from lightleak.report.membership.contents import PrimaryScores
 from lightleak.validity import Verdict
 
 Floats = npt.NDArray[np.float64]
 
-SUSPECT, CONTROL, INK, FAINT = "#0b5c94", "#6b7280", "#1c2430", "#c9ced6"
-STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.edgecolor": "#8b93a0",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.xmargin": 0.0,
-    "axes.ymargin": 0.02,
-    "xtick.color": "#4a5361",
-    "ytick.color": "#4a5361",
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.5,
-}
-INCHES = (4.6, 3.5)
 LABELS = {
     "text": "Texts alone",
     "image": "Images alone",
     "joint": "Texts and images",
 }
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure: its SVG and what it shows in words."""
-
-    svg: Markup
-    words: str
-
-
-class _Canvas:
-    """One pair of axes that ends as SVG."""
-
-    def __init__(self, name: str, height: float) -> None:
-        self.name = name
-        self.figure = Figure(figsize=(INCHES[0], height), layout="constrained")
-        self.axes: Any = self.figure.add_subplot()
-
-    def drawing(self, words: str) -> Drawing:
-        """Freeze it; ids are made unique to the figure, for several share a page."""
-        stream = StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        self.figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-        svg = stream.getvalue()
-        svg = svg[svg.index("<svg") :]
-        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", svg)
-        svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-        svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-        label = f'<svg role="img" aria-label="{escape(words)}"'
-        return Drawing(Markup(svg.replace("<svg", label, 1)), words)
-
-
-@contextmanager
-def _canvas(name: str, height: float = INCHES[1]) -> Iterator[_Canvas]:
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        yield _Canvas(name, height)
 
 
 def curve(scores: PrimaryScores, seed: int) -> st.RocCurve:
@@ -101,7 +39,7 @@ def curve(scores: PrimaryScores, seed: int) -> st.RocCurve:
     return st.RocCurve(curves[0].fpr, tpr, low, high)
 
 
-def roc(scores: PrimaryScores, seed: int) -> list[Drawing]:
+def roc(scores: PrimaryScores, seed: int) -> list[Markup]:
     """The ROC curve with its pointwise 95 % band, on a linear and on a logarithmic axis."""
     found = curve(scores, seed)
     least = 1 / min(control.size for _, control in scores.folds())
@@ -113,24 +51,24 @@ def roc(scores: PrimaryScores, seed: int) -> list[Drawing]:
         f"is {found.tpr[at_five]:.2f}, band {found.low[at_five]:.2f} to {found.high[at_five]:.2f}; "
         f"rates below {least:.2g} cannot be resolved"
     )
-    with _canvas("roc-linear") as canvas:
-        _draw_curve(canvas.axes, found)
-        canvas.axes.set_xlim(0, 1)
-        canvas.axes.text(0.66, 0.60, "chance", color=CONTROL, ha="left", va="top")
-        linear = canvas.drawing(f"{words}.")
-    with _canvas("roc-log") as canvas:
-        _draw_curve(canvas.axes, found)
+    with canvas("roc-linear") as sheet:
+        _draw_curve(sheet.axes, found)
+        sheet.axes.set_xlim(0, 1)
+        sheet.axes.text(0.66, 0.60, "chance", color=CONTROL, ha="left", va="top")
+        linear = sheet.drawing(f"{words}.")
+    with canvas("roc-log") as sheet:
+        _draw_curve(sheet.axes, found)
         left = min(least / 2, 0.005)
-        canvas.axes.set_xscale("log")
-        canvas.axes.set_xlim(left, 1)
-        canvas.axes.axvspan(left, least, facecolor="#eef0f3", edgecolor=FAINT, hatch="///", lw=0)
-        canvas.axes.text(
+        sheet.axes.set_xscale("log")
+        sheet.axes.set_xlim(left, 1)
+        sheet.axes.axvspan(left, least, facecolor="#eef0f3", edgecolor=FAINT, hatch="///", lw=0)
+        sheet.axes.text(
             least * 1.08, 0.99, f"◂ below 1 in {1 / least:,.0f} controls", color=CONTROL, va="top"
         )
         ticks = [rate for rate in (0.0001, 0.001, 0.01, 0.05, 0.2, 1) if rate >= left]
-        canvas.axes.set_xticks(ticks, [f"{100 * rate:g} %" for rate in ticks])
-        canvas.axes.set_xticks([], minor=True)
-        return [linear, canvas.drawing(f"{low_words}.")]
+        sheet.axes.set_xticks(ticks, [f"{100 * rate:g} %" for rate in ticks])
+        sheet.axes.set_xticks([], minor=True)
+        return [linear, sheet.drawing(f"{low_words}.")]
 
 
 def _draw_curve(axes: Any, found: st.RocCurve) -> None:
@@ -146,7 +84,7 @@ def _draw_curve(axes: Any, found: st.RocCurve) -> None:
     axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g} %")
 
 
-def distributions(scores: PrimaryScores, signal: str) -> list[Drawing]:
+def distributions(scores: PrimaryScores, signal: str) -> list[Markup]:
     """How the scores of suspects and controls are spread: as histograms and cumulated."""
     suspect, control = _on_one_scale(scores)
     everyone = np.concatenate([suspect, control])
@@ -160,11 +98,11 @@ def distributions(scores: PrimaryScores, signal: str) -> list[Drawing]:
     medians = f"median {np.median(suspect):.3g} of the suspects, {np.median(control):.3g} of the "
     medians += "controls"
     sides = (("suspects", suspect, SUSPECT, "-"), ("controls", control, INK, (0, (4, 2))))
-    with _canvas("histogram") as canvas:
+    with canvas("histogram") as sheet:
         for name, values, colour, line in sides:
             share = np.histogram(np.clip(values, low, high), edges)[0] / values.size
             filled = name == "suspects"
-            canvas.axes.stairs(
+            sheet.axes.stairs(
                 share,
                 edges,
                 fill=filled,
@@ -174,22 +112,22 @@ def distributions(scores: PrimaryScores, signal: str) -> list[Drawing]:
                 ls=line,
                 label=name,
             )
-        canvas.axes.set_xlabel(label)
-        canvas.axes.set_ylabel("share of the records")
-        canvas.axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
-        canvas.axes.set_ylim(0, 1.15 * canvas.axes.get_ylim()[1])
-        canvas.axes.legend(loc="upper left", ncols=2)
-        histogram = canvas.drawing(f"Histogram of scores: {medians}.")
-    with _canvas("cumulated") as canvas:
+        sheet.axes.set_xlabel(label)
+        sheet.axes.set_ylabel("share of the records")
+        sheet.axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+        sheet.axes.set_ylim(0, 1.15 * sheet.axes.get_ylim()[1])
+        sheet.axes.legend(loc="upper left", ncols=2)
+        histogram = sheet.drawing(f"Histogram of scores: {medians}.")
+    with canvas("cumulated") as sheet:
         grid = np.linspace(edges[0], edges[-1], 300)
         for name, values, colour, line in sides:
             at_most = np.searchsorted(np.sort(values), grid, side="right") / values.size
-            canvas.axes.step(grid, at_most, where="post", color=colour, ls=line, lw=1.4, label=name)
-        canvas.axes.set_xlabel(label)
-        canvas.axes.set_ylabel("share scoring at most that")
-        canvas.axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        canvas.axes.legend(loc="upper left")
-        return [histogram, canvas.drawing(f"Cumulated scores: {medians}.")]
+            sheet.axes.step(grid, at_most, where="post", color=colour, ls=line, lw=1.4, label=name)
+        sheet.axes.set_xlabel(label)
+        sheet.axes.set_ylabel("share scoring at most that")
+        sheet.axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        sheet.axes.legend(loc="upper left")
+        return [histogram, sheet.drawing(f"Cumulated scores: {medians}.")]
 
 
 def _on_one_scale(scores: PrimaryScores) -> tuple[Floats, Floats]:
@@ -204,7 +142,7 @@ def _on_one_scale(scores: PrimaryScores) -> tuple[Floats, Floats]:
     return np.concatenate(moved[0]), np.concatenate(moved[1])
 
 
-def blind_comparison(verdict: Verdict) -> Drawing | None:
+def blind_comparison(verdict: Verdict) -> Markup | None:
     """What is told apart without the model beside what the primary signal tells apart."""
     rows: list[tuple[str, float, Sequence[float], bool]] = [
         (LABELS[part], each.auc, each.auc_ci95, False)
@@ -218,8 +156,8 @@ def blind_comparison(verdict: Verdict) -> Drawing | None:
         f"{label} {auc:.3f}, interval {low:.3f} to {high:.3f}"
         for label, auc, (low, high), _ in rows
     )
-    with _canvas("blind", 2.1) as canvas:
-        axes = canvas.axes
+    with canvas("blind", 2.1) as sheet:
+        axes = sheet.axes
         for row, (_, auc, (low, high), is_model) in enumerate(reversed(rows)):
             colour = SUSPECT if is_model else INK
             axes.plot([low, high], [row, row], color=colour, lw=2, solid_capstyle="butt")
@@ -233,4 +171,4 @@ def blind_comparison(verdict: Verdict) -> Drawing | None:
         axes.set_xlim(max(0.0, lowest - 0.02), 1)
         axes.set_ylim(-0.6, len(rows) - 0.3)
         axes.set_xlabel("AUC, with 95 % interval")
-        return canvas.drawing(f"AUC without and with the model: {words}.")
+        return sheet.drawing(f"AUC without and with the model: {words}.")

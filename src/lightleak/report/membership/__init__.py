@@ -1,0 +1,34 @@
+"""The page of a membership audit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightleak.report.membership import figures, words
+from lightleak.report.membership.contents import read
+from lightleak.runs import Run
+
+
+def fill(run: Run, *, show_images: bool) -> dict[str, Any]:
+    """What `membership.html.j2` is filled with.
+
+    Raises:
+        UserError: a file of the run is missing or damaged.
+    """
+    contents = read(run, show_images=show_images)
+    verdict, scores = contents.verdict, contents.scores
+    settings = run.manifest()["settings"]
+    tests = words.tests(verdict)
+    return {
+        "verdict": verdict,
+        "contents": contents,
+        "words": words,
+        "tests": tests,
+        "counted": next((test for test in tests if test.counts), None),
+        "declared": words.declared(settings["design"]),
+        "roc": [] if scores is None else figures.roc(scores, settings["seed"]),
+        "distributions": (
+            [] if scores is None else figures.distributions(scores, verdict.primary.signal)
+        ),
+        "blind_comparison": figures.blind_comparison(verdict),
+    }
