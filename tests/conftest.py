@@ -44,6 +44,24 @@ def lab_lora(cache, tmp_path_factory):
     return lab.build("captions-lora", out, members=48, nonmembers=48, epochs=3)
 
 
+@pytest.fixture(scope="session")
+def lab_pairs(cache, tmp_path_factory):
+    """A small CLIP trained on 60 members; 120 non-members."""
+    from lightleak import lab
+
+    out = tmp_path_factory.mktemp("lab") / "pairs"
+    return lab.build("pairs-clip", out, members=60, nonmembers=120, epochs=20)
+
+
+@pytest.fixture(scope="session")
+def lab_faces(cache, tmp_path_factory):
+    """A tiny CLIP that was taught 8 people by name; 16 more that it never saw."""
+    from lightleak import lab
+
+    out = tmp_path_factory.mktemp("lab") / "faces"
+    return lab.build("faces", out, members=8, nonmembers=16, copies=20)
+
+
 @pytest.fixture
 def subset(tmp_path):
     """Write some rows of a records file, with their images, to a file of their own."""

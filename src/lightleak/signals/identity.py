@@ -63,13 +63,10 @@ def votes(predicted: Integers, names: Integers) -> Integers:
 
 def recognised(predicted: Integers, own: int) -> Booleans:
     """(templates,) whether the true name is predicted more often than every other; a tie fails."""
-    found = []
-    for column in predicted.T:
-        names, counts = np.unique(column, return_counts=True)
-        others = counts[names != own]
-        mine = counts[names == own].sum()
-        found.append(mine > (others.max() if len(others) else 0))
-    return np.array(found, dtype=bool)
+    # For each photo, how many photos were given the same name.
+    counts = (predicted[:, None] == predicted[None]).sum(axis=1)
+    mine = (predicted == own).sum(axis=0)
+    return np.asarray(mine > np.where(predicted == own, 0, counts).max(axis=0))
 
 
 def majority(predicted: Integers, own: int) -> Booleans:
