@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from scipy import stats
@@ -57,7 +58,7 @@ def one_seed(seed: int) -> list[dict[str, Any]]:
                 {**row, "seed": seed, "photos": photos, **truth[row["person"]], **_modes(run, row)}
                 for row in pq.read_table(Run(run).people_file).to_pylist()
             ]
-            rows[-1]["curve"] = _curve(run, truth, seed) if photos == "all" else None
+            rows[-1]["curve"] = _curve(run, truth) if photos == "all" else None
     print("seed", seed, flush=True)
     return rows
 
@@ -90,14 +91,12 @@ def _modes(run: Path, row: dict[str, Any]) -> dict[str, float]:
     return {"wrong_names_confirmed": len(confirmed - {row["name"]})}
 
 
-def _curve(run: Path, truth: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+def _curve(run: Path, truth: dict[str, Any]) -> list[dict[str, Any]]:
     """The sub-sampling curve, people in and people out apart: judged anew with known sets."""
     from lightleak.audits.judge_identity import judge_identity
 
     evidence = Run(run).evidence
     people = pq.read_table(evidence / "people.parquet").to_pydict()
-    import pyarrow as pa
-
     people["set"] = [
         "known" if truth[key.partition("/")[2]]["member"] else "control" for key in people["person"]
     ]
@@ -177,7 +176,27 @@ def summary(rows: Sequence[dict[str, Any]], names: int) -> dict[str, Any]:
     }
 
 
-def draw(results: dict[str, Any], curves: Iterable[dict[str, Any]]) -> None:
+def curve(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Rates against the number of photos, mean and deviation over seeds."""
+    names = {"published": "published", "p_value": "ours"}
+    sides = {"known": "TPR", "control": "FPR"}
+    grouped: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["rule"] in names and row["set"] in sides:
+            grouped[f"{names[row['rule']]}, {sides[row['set']]}"][row["n_photos"]].append(
+                row["rate"]
+            )
+    return {
+        key: {
+            "photos": sorted(by_size),
+            "mean": [float(np.mean(by_size[size])) for size in sorted(by_size)],
+            "sd": [float(np.std(by_size[size], ddof=1)) for size in sorted(by_size)],
+        }
+        for key, by_size in sorted(grouped.items())
+    }
+
+
+def draw(results: dict[str, Any]) -> None:
     """Copies per person, number of photos, and p-values of people out."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -185,39 +204,19 @@ def draw(results: dict[str, Any], curves: Iterable[dict[str, Any]]) -> None:
     for rule, colour in colours.items():
         found = [results["all"]["by copies"][str(copies)][rule] for copies in COPIES]
         rates = np.array([each["rate"] for each in found])
-        bounds = np.array([each["ci95"] for each in found]).T
-        left.errorbar(
-            COPIES,
-            rates,
-            np.abs(bounds - rates),
-            color=colour,
-            marker="o",
-            ms=4,
-            capsize=2,
-            label=rule,
-        )
+        bounds = np.abs(np.array([each["ci95"] for each in found]).T - rates)
+        left.errorbar(COPIES, rates, bounds, color=colour, marker="o", ms=4, capsize=2, label=rule)
     left.set(xscale="log", xticks=COPIES, xticklabels=COPIES, ylim=(0, 1.02))
     left.set(xlabel="training pairs of a person", ylabel="people in the data that are found")
     left.legend(frameon=False, loc="lower right")
-    grouped: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in curves:
-        grouped[row["set"], row["rule"]][row["n_photos"]].append(row["rate"])
-    names = {"published": "published", "p_value": "ours"}
-    for (side, rule), by_size in sorted(grouped.items()):
-        if rule in names and side in ("known", "control"):
-            sizes = sorted(by_size)
-            mean = np.array([np.mean(by_size[size]) for size in sizes])
-            sd = np.array([np.std(by_size[size], ddof=1) for size in sizes])
-            line = "-" if side == "known" else ":"
-            label = f"{names[rule]}, {'TPR' if side == 'known' else 'FPR'}"
-            middle.plot(
-                sizes, mean, line, color=colours[names[rule]], marker="o", ms=3, label=label
-            )
-            middle.fill_between(
-                sizes, mean - sd, mean + sd, color=colours[names[rule]], alpha=0.12, lw=0
-            )
+    for label, found in results["curve"].items():
+        colour = colours[label.partition(",")[0]]
+        mean, sd = np.array(found["mean"]), np.array(found["sd"])
+        line = "-" if label.endswith("TPR") else ":"
+        middle.plot(found["photos"], mean, line, color=colour, marker="o", ms=3, label=label)
+        middle.fill_between(found["photos"], mean - sd, mean + sd, color=colour, alpha=0.12, lw=0)
     middle.set(ylim=(0, 1.02), xlabel="photos of each person", ylabel="share found (p ≤ .05)")
-    middle.legend(frameon=False, loc="center right")
+    middle.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.3))
     p_out = np.sort(results["p-values of people out"])
     right.plot([0, 1], [0, 1], color="#9ca3af", lw=1)
     right.step(p_out, np.arange(1, len(p_out) + 1) / len(p_out), color=colours["ours"])
@@ -248,8 +247,9 @@ def main() -> None:
     results["p-values of people out"] = [
         row["p_value"] for row in rows if row["photos"] == "all" and not row["member"]
     ]
+    results["curve"] = curve(curves)
     write_json(RESULTS, results)
-    draw(results, curves)
+    draw(results)
     print(json.dumps({key: results[key] for key in ("all", "unseen")}, indent=1))
 
 

@@ -232,6 +232,7 @@ def test_evidence_names_matrices_that_no_gradient_reaches(lab_lora, sides, tmp_p
 def test_a_target_is_left_as_it_was(lab_lora, sides):
     from lightleak.evidence import collect
     from lightleak.evidence.gradients import GradientEngine, select
+    from lightleak.evidence.tokens import AnswerReader
 
     target = targets.load(lab_lora.target)
     before = {n: p.clone() for n, p in target.model.named_parameters()}

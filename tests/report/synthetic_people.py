@@ -163,7 +163,7 @@ def _write_evidence(
                 Image.fromarray(pixels).save(file)
             rows.append({"person": key, "photo": file.name, "file": str(file)})
     write_table(run.evidence / "photos.parquet", pa.Table.from_pylist(rows))
-    write_json(run.evidence / "asked.json", {"templates": TEMPLATES, "truncated": 0})
+    write_json(run.evidence / "asked.json", {"templates": TEMPLATES, "parts": {}})
 
 
 def _verdict(
@@ -233,6 +233,7 @@ def _verdict(
             people=len(people),
             people_tested=len(people),
             photos=PHOTOS * len(people),
+            truncated=0,
             photos_used=PHOTOS * len(people),
         ),
         **common,

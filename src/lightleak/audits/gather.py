@@ -121,7 +121,8 @@ def examine(
     with progress.stage("Comparing the sets without the model", 2) as advance:
         pairs, sides = _find_copies(sides)
         if settings.drop_duplicates and pairs:
-            double = {pair[side] for pair in pairs for side in ("suspect", "control")}
+            known = {record.id for record in sides.records}
+            double = {pair[side] for pair in pairs for side in ("suspect", "control")} & known
             sides = _without(sides, double, "duplicate", "it stands on both sides and was left out")
             pairs = []
         write_json(run.evidence / "duplicates.json", {"across": pairs})
@@ -177,7 +178,11 @@ def _set_bank_aside(settings: AuditSettings, sides: Sides) -> Sides:
     """
     controls = np.flatnonzero(sides.side == "control")
     wanted = min(settings.bank_size, len(controls) // 5)
-    groups = np.array([sides.records[i].group or sides.records[i].id for i in controls])
+    # Each group by its first id, so that the order of the file does not choose the bank.
+    names: dict[str, str] = {}
+    for record in sorted((sides.records[i] for i in controls), key=lambda each: each.id):
+        names.setdefault(record.group or record.id, record.id)
+    groups = np.array([names[sides.records[i].group or sides.records[i].id] for i in controls])
     drawn: list[int] = []
     for group in np.random.default_rng([settings.seed, 3]).permutation(np.unique(groups)):
         if len(drawn) >= wanted:

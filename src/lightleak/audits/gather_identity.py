@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -216,9 +217,16 @@ def gather(
     n_decoys = len(names.names) - len(asked.people)
     owners = np.array([-1] * n_decoys + list(range(len(asked.people))), dtype=np.int64)
     candidate = np.array(names.candidate)
+    parts: dict[str, list[int]] = defaultdict(list)
     with progress.stage("Fitting names to photos", len(names.names)) as advance:
         for index, here in enumerate(_blocks(names, n_decoys, fits.block)):
-            if not store.has("mean", index):
+            voting = candidate[here]
+            ranked = "top" if here[0] < n_decoys else "own"
+            stages = ("mean", ranked, *(("best",) if voting.any() else ()))
+            for stage in stages:
+                parts[stage].append(index)
+            if not all(store.has(stage, index) for stage in stages):
+                cut = fits.truncated
                 found = fits.affinities([names.names[i] for i in here])
                 # A likelihood says first of all how usual a name is; cosines are as published.
                 fit = (
@@ -226,17 +234,15 @@ def gather(
                     if target.kind == "dual-encoder"
                     else beyond_others(found, people, owners[here])
                 )
-                voting = candidate[here]
                 if voting.any():
                     store.put("best", index, best_of_block(fit[voting], here[voting], 1))
-                if here[0] < n_decoys:
+                if ranked == "top":
                     store.put("top", index, best_of_block(fit, here, TOP))
                 else:
                     store.put("own", index, whole_block(fit, here))
-                # Last: a block whose means are there is there whole.
-                store.put("mean", index, mean_of_block(fit, here))
+                store.put("mean", index, mean_of_block(fit, here, fits.truncated - cut))
             advance(len(here))
-    _store_asked(folder, asked, names, templates, fits)
+    _store_asked(folder, asked, names, templates, fits, parts)
 
 
 def _blocks(names: Names, n_decoys: int, size: int) -> Iterator[Integers]:
@@ -256,7 +262,12 @@ def _cache(names: Names, templates: Sequence[str]) -> Path | None:
 
 
 def _store_asked(
-    folder: Path, asked: Asked, names: Names, templates: Sequence[str], fits: Matcher
+    folder: Path,
+    asked: Asked,
+    names: Names,
+    templates: Sequence[str],
+    fits: Matcher,
+    parts: dict[str, list[int]],
 ) -> None:
     """Keep who and what was asked, and what failed; never a photo, only where it lies."""
     write_json(
@@ -267,7 +278,7 @@ def _store_asked(
             "warnings": list(names.warnings),
             "photos given": sum(len(person.photos) for person in asked.people)
             + sum(failure.stage == "photo" for failure in asked.failures),
-            "truncated": fits.truncated,
+            "parts": parts,
         },
     )
     people = {

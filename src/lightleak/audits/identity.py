@@ -14,6 +14,7 @@ from lightleak.audits.gather_identity import (
 from lightleak.audits.judge_identity import judge_identity
 from lightleak.audits.manifest import recorded
 from lightleak.audits.settings import DECOYS, IdentitySettings
+from lightleak.errors import UserError
 from lightleak.runs import Progress, Run, Silent
 from lightleak.validity import IdentityVerdict
 
@@ -79,6 +80,12 @@ def identify(
         gather(run.evidence, chosen, model, asked, names, templates, progress)
         if chosen.control_target is not None:
             other = chosen.load(chosen.control_target)
+            if other.kind != model.kind:
+                raise UserError(
+                    f"it is a {other.kind} model and the target a {model.kind} one",
+                    f"--control-target {chosen.control_target}",
+                    "Give one of the same kind, which is asked in the same way.",
+                )
             folder = run.evidence / "control-target"
             folder.mkdir(exist_ok=True)
             gather(folder, chosen, other, asked, names, templates, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from lightleak import statistics as st
 from lightleak.audits.settings import IdentitySettings
 from lightleak.errors import UserError
 from lightleak.evidence.readings import Floats, Integers
-from lightleak.runs import Progress, Run, Silent, read_json, write_json, write_table
+from lightleak.runs import (
+    EvidenceStore,
+    Progress,
+    Run,
+    Silent,
+    read_json,
+    write_json,
+    write_table,
+)
 from lightleak.signals.identity import (
     TOP,
     majority,
@@ -61,6 +70,7 @@ class Fitted:
         own_fit: (people, photos, templates) how well each true name fits each photo.
         top: by stratum the fits and names of the decoys that fit best, (photos, templates, k).
         predicted: (photos, templates) the candidate that fits best.
+        truncated: sentences that had to be cut.
     """
 
     people: list[str]
@@ -77,6 +87,7 @@ class Fitted:
     own_fit: Floats
     top: dict[int, tuple[Floats, Integers]]
     predicted: Integers
+    truncated: int
 
     def photos_of(self, person: int) -> Integers:
         """Which photos show a person."""
@@ -103,13 +114,26 @@ class Fitted:
         `shown` is the person, or somebody else to see what the test makes of that; whose name it
         is counts as no other. None where there are no others.
         """
-        decoys = self.mean[self.decoys_of(person)]
-        standing = standing_out(self.mean[self.own[person]], decoys)
+        level, spread = self._levels[int(self.strata[self.own[person]])]
+        standing = standing_out(self.mean[self.own[person]].astype(np.float64), level, spread)
         others = [k for k in range(len(self.people)) if k not in (shown, person)]
         if not others:
             return None
         by_person = [standing[self.photos_of(k)].mean() for k in (shown, *others)]
         return float(st.conformal_p_values(by_person[:1], by_person[1:])[0])
+
+    @cached_property
+    def _levels(self) -> dict[int, tuple[Floats, Floats]]:
+        """By stratum, the mean and the standard deviation of its decoys' fits with each photo."""
+        decoys = self.strata[: self.n_decoys]
+        flat = np.zeros(self.mean.shape[1])
+        levels: dict[int, tuple[Floats, Floats]] = {}
+        levels |= dict.fromkeys(np.unique(self.strata).tolist(), (flat, flat))
+        for stratum in np.unique(decoys).tolist():
+            fits = self.mean[: self.n_decoys][decoys == stratum]
+            level = fits.mean(axis=0, dtype=np.float64), fits.std(axis=0, dtype=np.float64)
+            levels[stratum] = level
+        return levels
 
 
 @dataclass(frozen=True)
@@ -119,10 +143,16 @@ class Ranked:
     ranks: Floats
     fits: NDArray[np.float32]
 
-    def p_value(self, chosen: Integers | slice = slice(None)) -> float:
-        """The share of names that do as well as this one on the chosen photos."""
-        fits = self.fits[:, chosen].mean(axis=1, dtype=np.float64)
-        return share_at_least(self.ranks[:, chosen].mean(axis=1), fits)
+    def p_value(self) -> float:
+        """The share of names that do as well as this one."""
+        return float(self.p_values(np.ones((self.ranks.shape[1], 1), dtype=bool))[0])
+
+    def p_values(self, chosen: NDArray[np.bool_]) -> Floats:
+        """(subsets,) likewise for subsets of the photos, (k, subsets)."""
+        share = chosen / chosen.sum(axis=0)
+        # Rounded, so that equal ranks stay equal however the products were summed.
+        ranks = np.round(self.ranks @ share, 12)
+        return share_at_least(ranks, self.fits.astype(np.float64) @ share)
 
 
 def judge_identity(run: Run, progress: Progress | None = None) -> IdentityVerdict:
@@ -160,7 +190,7 @@ def load(folder: Path) -> Fitted:
     """
     try:
         return _load(folder)
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
+    except (OSError, pa.ArrowInvalid, KeyError, IndexError) as error:
         raise UserError(
             f"its evidence is missing or damaged ({str(error).partition(chr(10))[0]})",
             str(folder.parent),
@@ -172,26 +202,35 @@ def _load(folder: Path) -> Fitted:
     names = pq.read_table(folder / "names.parquet")
     people = pq.read_table(folder / "people.parquet").to_pydict()
     photos = pq.read_table(folder / "photos.parquet").to_pydict()
-    n_templates = len(read_json(folder / "asked.json")["templates"])
+    asked = read_json(folder / "asked.json")
+    n_templates, parts = len(asked["templates"]), asked["parts"]
     n_people, n_photos = len(people["person"]), len(photos["photo"])
     n_decoys = names.num_rows - n_people
     strata = names["stratum"].to_numpy()
     mean = np.full((names.num_rows, n_photos), np.nan, np.float32)
-    for part in _parts(folder, "mean"):
+    truncated = 0
+    for part in _parts(folder, "mean", parts):
+        truncated += int(part.schema.metadata[b"truncated"])
         mean[part["name"].to_numpy()] = np.stack(part["affinities"].to_numpy())
     if np.isnan(mean).any():
-        raise KeyError(f"{int(np.isnan(mean).any(axis=1).sum())} names are missing")
+        raise UserError(
+            f"how {int(np.isnan(mean).any(axis=1).sum())} names fit is not a number",
+            str(folder.parent),
+            "Is the model intact, and its precision wide enough?",
+        )
     own_fit = np.zeros((n_people, n_templates, n_photos))
-    for part in _parts(folder, "own"):
+    for part in _parts(folder, "own", parts):
         fits = np.stack(part["affinities"].to_numpy()).reshape(-1, n_templates, n_photos)
         own_fit[part["name"].to_numpy() - n_decoys] = fits
     shape = (n_photos, n_templates)
+    # A name that nothing can stand in for is compared with no decoy.
+    none = np.zeros((*shape, 0)), np.zeros((*shape, 0), np.int64)
     tops: dict[int, tuple[Floats, Integers]] = {}
-    for part in _parts(folder, "top"):
+    for part in _parts(folder, "top", parts):
         stratum = int(strata[part["name"][0].as_py()[0]])
         tops[stratum] = _best(part, shape, TOP, tops.get(stratum))
     best = None
-    for part in _parts(folder, "best"):
+    for part in _parts(folder, "best", parts):
         best = _best(part, shape, 1, best)
     if best is None:
         raise KeyError("no candidate was tried")
@@ -211,14 +250,16 @@ def _load(folder: Path) -> Fitted:
         photos=photos["photo"],
         mean=mean,
         own_fit=own_fit[kept].transpose(0, 2, 1),
-        top=tops,
+        top={int(stratum): tops.get(int(stratum), none) for stratum in np.unique(strata)},
         predicted=best[1][..., 0],
+        truncated=truncated,
     )
 
 
-def _parts(folder: Path, stage: str) -> Iterator[pa.Table]:
-    for file in sorted(folder.glob(f"{stage}-*.parquet")):
-        yield pq.read_table(file)
+def _parts(folder: Path, stage: str, parts: dict[str, list[int]]) -> Iterator[pa.Table]:
+    store = EvidenceStore(folder)
+    for index in parts.get(stage, []):
+        yield pq.read_table(store.file(stage, index))
 
 
 def _best(
@@ -369,18 +410,17 @@ def _found(
 ) -> list[tuple[bool, bool, bool]]:
     """For each random subset of a person's photos: found by each rule."""
     photos, own = fitted.photos_of(i), int(fitted.own[i])
-    ranked = fitted.rank(photos, i)
-    result = []
-    for subset in sub_samples(len(photos), size, _REPEATS, settings.seed):
-        predicted = fitted.predicted[photos[subset]]
-        result.append(
-            (
-                bool(recognised(predicted, own).sum() >= settings.cutoffs.tau),
-                bool(majority(predicted, own).sum() >= settings.cutoffs.tau),
-                ranked.p_value(subset) <= settings.cutoffs.alpha,
-            )
+    subsets = sub_samples(len(photos), size, _REPEATS, settings.seed)
+    p_values = fitted.rank(photos, i).p_values(subsets)
+    predicted = [fitted.predicted[photos[subset]] for subset in subsets.T]
+    return [
+        (
+            bool(recognised(each, own).sum() >= settings.cutoffs.tau),
+            bool(majority(each, own).sum() >= settings.cutoffs.tau),
+            bool(p_value <= settings.cutoffs.alpha),
         )
-    return result
+        for each, p_value in zip(predicted, p_values, strict=True)
+    ]
 
 
 # -- the verdict -------------------------------------------------------------------------------
@@ -450,6 +490,7 @@ def _verdict(
             people_tested=len(fitted.people),
             photos=asked["photos given"],
             photos_used=len(fitted.photos),
+            truncated=fitted.truncated,
         ),
         cutoffs=cutoffs,
     )

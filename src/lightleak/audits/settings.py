@@ -17,6 +17,8 @@ from lightleak.validity import Cutoffs, Design, IdentityCutoffs
 PRIMARY = {"generative": "loss", "dual-encoder": "cosine"}
 # Decoys for each kind of name: a generative target must read every name with every photo.
 DECOYS = {"dual-encoder": 1000, "generative": 99}
+# Cut-offs that have an option of their own.
+_CUTOFFS = {"alpha": "--alpha", "false_discovery_rate": "--fdr", "tau": "--tau"}
 SPLIT_NEEDS = "Give --calibration-members and --calibration-nonmembers."
 
 
@@ -56,7 +58,7 @@ class TargetSettings(BaseModel):
             name, *inner = (str(part) for part in first["loc"] or ("",))
             where = f"--{name}".replace("_", "-")
             if name == "cutoffs":
-                where = "--alpha" if inner == ["alpha"] else f"--cutoff {' '.join(inner)}"
+                where = _CUTOFFS.get(" ".join(inner), f"--cutoff {' '.join(inner)}")
             message = str(first["msg"]).removeprefix("Value error, ")
             raise UserError(message, where if first["loc"] else "") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,10 @@ class CosineMatcher:
         embedded: dict[str, Tensor] = {}
 
         def one(batch: Batch) -> None:
-            embedded.update(zip(batch.ids, self.target.embed_images(batch.inputs), strict=True))
+            found = self.target.embed_images(batch.inputs)
+            if not bool(found.isfinite().all()):
+                raise FloatingPointError("its embedding is not finite")
+            embedded.update(zip(batch.ids, found, strict=True))
 
         encoded = [
             EncodedRecord(key, inputs, frozenset(), 1)
@@ -122,20 +126,26 @@ class CosineMatcher:
         for first in range(0, len(names), _CACHED_NAMES):
             some = names[first : first + _CACHED_NAMES]
             texts = [template.replace("{}", name) for name in some for template in self.templates]
-            parts.append(self._cached(texts).astype(np.float64) @ self._images.T)
+            found = self._cached(texts)
+            self.truncated += int(found[:, -1].sum())
+            parts.append(found[:, :-1].astype(np.float64) @ self._images.T)
         return np.concatenate(parts).reshape(len(names), len(self.templates), -1)
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Floats:
-        """(texts, d) embeddings; texts of like length go through together."""
+        """(texts, d + 1) embeddings, and 1 where the text had to be cut.
+
+        Texts of like length go through together.
+        """
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found: list[Tensor] = []
         for start in range(0, len(order), _TEXTS_AT_ONCE):
             tokens, cut = self.target.tokens(
                 [texts[i] for i in order[start : start + _TEXTS_AT_ONCE]]
             )
-            self.truncated += sum(cut)
-            found.append(self.target.embed_texts(tokens).cpu())
+            vectors = self.target.embed_texts(tokens).cpu()
+            flags = torch.tensor(cut, dtype=vectors.dtype)[:, None]
+            found.append(torch.cat([vectors, flags], 1))
         embedded: Floats = torch.cat(found)[np.argsort(order)].numpy()
         return embedded
 
@@ -146,13 +156,16 @@ class CosineMatcher:
         file = self.cache / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.npy"
         try:
             stored: Floats = np.load(file, allow_pickle=False)
-            if stored.shape[0] == len(texts):
+            if stored.ndim == 2 and stored.shape[0] == len(texts):
                 return stored
         except (OSError, ValueError, EOFError):
             pass  # Not there, or torn: it is made again.
         embedded = self._embed(texts)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, embedded)
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            _write_whole(file, embedded)
+        except OSError:
+            self.cache = None  # A cache that cannot be written is only slower.
         return embedded
 
 
@@ -221,30 +234,35 @@ def best_of_block(affinities: Floats, names: Integers, count: int) -> pa.Table:
         `photo`, `template` (indices), and lists of `name` and `affinity`, best first.
     """
     count = min(count, len(names))
-    if count < len(names):
-        kept = np.argpartition(-affinities, count - 1, axis=0)[:count]
-        kept.sort(axis=0)  # So that of equals the first stays first.
-    else:
-        kept = np.broadcast_to(np.arange(count)[:, None, None], affinities.shape)
-    values = np.take_along_axis(affinities, kept, 0)
-    order = np.argsort(-values, axis=0, kind="stable")
-    kept = np.take_along_axis(kept, order, 0)
-    values = np.take_along_axis(values, order, 0)
+    by_place = np.ascontiguousarray(affinities.reshape(len(names), -1).T)
+    least = np.partition(by_place, -count, axis=1)[:, -count, None]
+    above, equal = by_place > least, by_place == least
+    free = count - above.sum(axis=1, keepdims=True)
+    kept = np.nonzero(above | (equal & (equal.cumsum(axis=1) <= free)))[1].reshape(-1, count)
+    values = np.take_along_axis(by_place, kept, 1)
+    order = np.argsort(-values, axis=1, kind="stable")
     templates, photos = np.indices(affinities.shape[1:])
     return pa.table(
         {
             "photo": photos.ravel().astype(np.int32),
             "template": templates.ravel().astype(np.int32),
-            "name": list(names[kept].reshape(count, -1).T.astype(np.int32)),
-            "affinity": list(values.reshape(count, -1).T),
+            "name": list(names[np.take_along_axis(kept, order, 1)].astype(np.int32)),
+            "affinity": list(np.take_along_axis(values, order, 1)),
         }
     )
 
 
-def mean_of_block(affinities: Floats, names: Integers) -> pa.Table:
-    """Each name's affinity with each photo, averaged over the templates."""
+def mean_of_block(affinities: Floats, names: Integers, truncated: int) -> pa.Table:
+    """Each name's affinity with each photo, averaged over the templates.
+
+    Args:
+        affinities: (names, templates, photos).
+        names: (names,) their indices among all names.
+        truncated: how many sentences of the block had to be cut; kept beside the table.
+    """
     means = affinities.mean(axis=1).astype(np.float32)
-    return pa.table({"name": names.astype(np.int32), "affinities": list(means)})
+    table = pa.table({"name": names.astype(np.int32), "affinities": list(means)})
+    return table.replace_schema_metadata({"truncated": str(truncated)})
 
 
 def whole_block(affinities: Floats, names: Integers) -> pa.Table:
@@ -273,7 +291,7 @@ def _each_photo(
 
 def _write_whole(file: Path, array: Floats) -> None:
     """Write beside, then take the file's place, so that no reader meets half of it."""
-    temporary = file.with_suffix(f".{id(array)}.tmp")
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("wb") as stream:
         np.save(stream, array)
     temporary.replace(file)

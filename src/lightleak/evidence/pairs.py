@@ -105,23 +105,30 @@ def augmentations(image: Image.Image) -> list[Image.Image]:
 @contextmanager
 def _attention_dropout(model: nn.Module) -> Iterator[bool]:
     """Drop attention weights though the model is in eval mode; yields whether it has such."""
-    touched: list[tuple[Any, Any, bool]] = []
+    before: list[tuple[nn.Module, str, Any]] = []
+
+    def change(module: nn.Module, name: str, value: object) -> None:
+        before.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
     for module in model.modules():
-        rate = getattr(module, "dropout", None)
         if "Attention" not in type(module).__name__:
             continue
-        if isinstance(rate, float):
-            touched.append((module, rate, module.training))
-            module.dropout, module.training = _DROPOUT_RATE, True  # type: ignore[assignment]
-        elif isinstance(rate, nn.Dropout):
-            touched.append((rate, rate.p, rate.training))
-            rate.p, rate.training = _DROPOUT_RATE, True
+        for name in ("dropout", "attention_dropout"):
+            rate = getattr(module, name, None)
+            if isinstance(rate, nn.Dropout):
+                change(rate, "p", _DROPOUT_RATE)
+                change(rate, "training", True)
+            elif isinstance(rate, int | float):
+                change(module, name, _DROPOUT_RATE)
+            else:
+                continue
+            change(module, "training", True)
     try:
-        yield bool(touched)
+        yield bool(before)
     finally:
-        for module, rate, training in touched:
-            setattr(module, "p" if isinstance(module, nn.Dropout) else "dropout", rate)
-            module.training = training
+        for module, name, value in reversed(before):
+            setattr(module, name, value)
 
 
 @contextmanager

@@ -177,18 +177,18 @@ class EvidenceStore:
     def part(self, stage: str, index: int, make: Callable[[], pa.Table]) -> pa.Table:
         """The part `index` of a stage: read if it is there and whole, else made and written."""
         if self.has(stage, index):
-            return pq.read_table(self._file(stage, index))
+            return pq.read_table(self.file(stage, index))
         table = make()
         self.put(stage, index, table)
         return table
 
     def put(self, stage: str, index: int, table: pa.Table) -> None:
         """Write a part at once."""
-        write_table(self._file(stage, index), table)
+        write_table(self.file(stage, index), table)
 
     def has(self, stage: str, index: int) -> bool:
         """Whether the part is there and whole; a torn one is removed."""
-        file = self._file(stage, index)
+        file = self.file(stage, index)
         try:
             pq.read_metadata(file)
         except FileNotFoundError:
@@ -198,7 +198,8 @@ class EvidenceStore:
             return False
         return True
 
-    def _file(self, stage: str, index: int) -> Path:
+    def file(self, stage: str, index: int) -> Path:
+        """Where a part lies, or would."""
         return self.folder / f"{stage}-{index:05d}.parquet"
 
 

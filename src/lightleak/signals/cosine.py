@@ -4,7 +4,11 @@ from lightleak.evidence.readings import Floats, PairEmbeddings
 from lightleak.signals.registry import signal
 
 
-@signal(needs=PairEmbeddings, source="Ko et al. 2023, arXiv:2310.00108")
+@signal(
+    needs=PairEmbeddings,
+    source="Ko et al. 2023, arXiv:2310.00108",
+    unscorable="an embedding is not finite",
+)
 def cosine(pairs: PairEmbeddings) -> Floats:
     """Cosine of the record's image and text embeddings."""
     return pairs.cosine

@@ -8,8 +8,6 @@ reciprocal rank is then compared with that of every decoy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,6 +41,8 @@ TEMPLATES = (
 )
 # How far down a rank still counts.
 TOP = 20
+# Fits that differ by less are equal: the same sentence differs by rounding from batch to batch.
+SLACK = 1e-6
 # What a generative target is asked; the name is the answer.
 QUESTIONS = (
     "What is the name of the person in the image?",
@@ -109,8 +109,8 @@ def reciprocal_ranks(values: Floats, decoys: Integers, own: Floats, n_decoys: in
     """(1 + decoys, photos) reciprocal rank of the true name, then of each decoy, over templates.
 
     A name among the first `TOP` has 1/rank, another 0; the mean is over the templates. It is a
-    vote that also counts who comes second: 1 for a name that fits every photo best. Of names
-    that fit equally well each has the worse rank.
+    vote that also counts who comes second: 1 for a name that fits every photo best. Where the
+    true name and a decoy fit equally well, which is within `SLACK`, each has the worse rank.
 
     Args:
         values: (photos, templates, k) how well the decoys that fit best do, best first.
@@ -118,8 +118,8 @@ def reciprocal_ranks(values: Floats, decoys: Integers, own: Floats, n_decoys: in
         own: (photos, templates) how well the true name fits.
         n_decoys: how many decoys there are.
     """
-    ahead = values >= own[..., None]
-    rank = 1 + np.arange(values.shape[2]) + (own[..., None] >= values)
+    ahead = values >= own[..., None] - SLACK
+    rank = 1 + np.arange(values.shape[2]) + (own[..., None] >= values - SLACK)
     photo = np.broadcast_to(np.arange(len(own))[:, None, None], decoys.shape)
     result = np.zeros((1 + n_decoys, len(own)))
     # A list shorter than TOP holds every decoy, so a count of its entries is a rank.
@@ -130,32 +130,35 @@ def reciprocal_ranks(values: Floats, decoys: Integers, own: Floats, n_decoys: in
     return result
 
 
-def share_at_least(ranks: Floats, ties: Floats) -> float:
+def share_at_least(ranks: Floats, ties: Floats) -> Floats:
     """p = (1 + #{decoys that do at least as well})/(decoys + 1), the true name first in both.
 
     Args:
-        ranks: (1 + decoys,) mean reciprocal ranks.
-        ties: (1 + decoys,) mean fits, which decide between equal ranks.
+        ranks: (1 + decoys, …) mean reciprocal ranks.
+        ties: (1 + decoys, …) mean fits, which decide between equal ranks.
     """
-    better = (ranks[1:] > ranks[0]) | ((ranks[1:] == ranks[0]) & (ties[1:] >= ties[0]))
-    return float((1 + better.sum()) / len(ranks))
+    level = (ranks[1:] == ranks[0]) & (ties[1:] >= ties[0] - SLACK)
+    better = (ranks[1:] > ranks[0]) | level
+    p_values: Floats = (1 + better.sum(axis=0)) / len(ranks)
+    return p_values
 
 
-def standing_out(own: Floats, decoys: Floats) -> Floats:
+def standing_out(own: Floats, level: Floats, spread: Floats) -> Floats:
     """(photos,) how far the true name's fit lies above its decoys', in their standard deviations.
 
     Args:
         own: (photos,) fit of the true name.
-        decoys: (decoys, photos) fits of the decoys.
+        level, spread: (photos,) mean and standard deviation of the decoys' fits.
     """
-    spread = decoys.std(axis=0, dtype=np.float64)
-    above = own - decoys.mean(axis=0, dtype=np.float64)
+    above = own - level
     result: Floats = np.divide(above, spread, out=np.zeros_like(above), where=spread > 0)
     return result
 
 
-def sub_samples(n_photos: int, size: int, repeats: int, seed: int) -> Iterator[Integers]:
-    """Random subsets of a person's photos, as the published curve takes them."""
+def sub_samples(n_photos: int, size: int, repeats: int, seed: int) -> Booleans:
+    """(n_photos, repeats) random subsets of a person's photos, as in the published curve."""
     rng = np.random.default_rng([seed, n_photos, size])
-    for _ in range(repeats):
-        yield np.sort(rng.permutation(n_photos)[:size])
+    chosen = np.zeros((n_photos, repeats), dtype=bool)
+    for repeat in range(repeats):
+        chosen[rng.permutation(n_photos)[:size], repeat] = True
+    return chosen

@@ -23,18 +23,21 @@ def weak(pairs: PairEmbeddings, fits: Sequence[Fit], *, spread: float = 1.5) -> 
     Pseudo-members are suspects of other folds whose cosine is at least μ + spread·σ of the known
     non-members; none of the records that a fit scores is part of it.
     """
-    features = np.concatenate([pairs.image, pairs.text], axis=1)
+    features = np.concatenate([pairs.image, pairs.text], axis=1).astype(np.float64)
+    usable = np.isfinite(features).all(axis=1)
     cosine = pairs.cosine
     scores = np.full(len(cosine), np.nan)
     for fit in fits:
-        known = cosine[fit.nonmembers]
+        nonmembers = fit.nonmembers & usable
+        known = cosine[nonmembers]
         if len(known) < _FEWEST:
             continue
         standing_out = fit.members & (cosine >= known.mean() + spread * known.std())
         if standing_out.sum() < _FEWEST:
             continue
-        chosen = standing_out | fit.nonmembers
+        chosen = standing_out | nonmembers
         classifier = LogisticRegression(class_weight="balanced", max_iter=1000)
         classifier.fit(features[chosen], standing_out[chosen])
-        scores[fit.scored] = classifier.decision_function(features[fit.scored])
+        scored = fit.scored & usable
+        scores[scored] = classifier.decision_function(features[scored])
     return scores

@@ -15,6 +15,7 @@ from lightleak.errors import UserError
 from lightleak.records import Record
 from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
+_UNLIMITED = 2**30  # A tokenizer that knows no limit says something larger.
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -122,11 +123,13 @@ class DualEncoderTarget(Target):
     def tokens(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], tuple[bool, ...]]:
         """Texts as the text tower takes them, (n, length), and which of them had to be cut."""
         tokenizer = self.processor.tokenizer
+        # RoBERTa counts positions from behind the padding: its tokenizer knows how many are left.
+        longest = min(self._context or _UNLIMITED, tokenizer.model_max_length)
         found = tokenizer(
             list(texts),
             padding="max_length" if self._padded else True,
             truncation=True,
-            max_length=self._context or None,
+            max_length=None if longest >= _UNLIMITED else longest,
             return_tensors="pt",
         )
         names = ("input_ids",) if self._padded else self._text_inputs

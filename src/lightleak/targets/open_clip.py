@@ -54,8 +54,9 @@ class _Tokenizer:
     pad_token_id = 0
     eos_token_id = None
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
         self._tokenizer = tokenizer
+        self.model_max_length = context_length
 
     def __call__(self, texts: Sequence[str], **options: Any) -> _Found:
         if options.get("return_tensors") == "pt":
@@ -68,8 +69,8 @@ class _Tokenizer:
 
 
 class _Processor:
-    def __init__(self, tokenizer: Any, transform: Any) -> None:
-        self.tokenizer = _Tokenizer(tokenizer)
+    def __init__(self, tokenizer: Any, context_length: int, transform: Any) -> None:
+        self.tokenizer = _Tokenizer(tokenizer, context_length)
         self._transform = transform
 
     def image_processor(self, images: Sequence[Any], return_tensors: str) -> dict[str, Tensor]:
@@ -102,4 +103,4 @@ def load_open_clip(folder: Path) -> tuple[OpenClip, _Processor]:
     except Exception as error:
         first = str(error).strip().partition("\n")[0][:300]
         raise UserError(f"open_clip could not load it ({first})", str(folder)) from error
-    return OpenClip(model), _Processor(tokenizer, transform)
+    return OpenClip(model), _Processor(tokenizer, model.context_length, transform)

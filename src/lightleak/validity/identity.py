@@ -86,6 +86,7 @@ class PeopleCoverage(Part):
     people_tested: int
     photos: int
     photos_used: int
+    truncated: int = Field(description="sentences longer than the model reads")
 
 
 class IdentityVerdict(BaseVerdict):

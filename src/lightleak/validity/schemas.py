@@ -1,6 +1,6 @@
 """Write the JSON Schemas of verdict.json from the classes that write it.
 
-    python -m lightleak.validity.schemas
+python -m lightleak.validity.schemas
 """
 
 from __future__ import annotations

@@ -87,7 +87,6 @@ class Contents:
     Attributes:
         people: all that were tested.
         templates: as asked.
-        truncated: how many sentences were too long for the model.
         shares: of photos that a template gave the true name, by person.
         spreads: true name and decoys, by person; of those that are drawn.
         curve: rows of curve.parquet.
@@ -99,7 +98,6 @@ class Contents:
     design: str
     people: tuple[Person, ...]
     templates: tuple[str, ...]
-    truncated: int
     shares: Mapping[Key, tuple[float, ...]]
     spreads: Mapping[Key, Spread]
     curve: Sequence[Mapping[str, Any]]
@@ -131,7 +129,6 @@ def read(run: Run, *, show_images: bool) -> Contents:
         design=run.manifest()["settings"]["design"],
         people=people,
         templates=tuple(asked["templates"]),
-        truncated=asked["truncated"],
         shares=_shares(read_table(run.predictions_file), asked["templates"]),
         spreads=_spreads(read_table(run.decoys_file), drawn),
         curve=read_table(run.curve_file).to_pylist(),

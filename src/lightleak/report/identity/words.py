@@ -238,10 +238,11 @@ def _coverage(verdict: IdentityVerdict) -> Check:
 
 
 def _read_whole(contents: Contents) -> list[Check]:
-    if not contents.truncated:
+    cut = contents.verdict.coverage.truncated
+    if not cut:
         return []
     told = (
-        f"{contents.truncated:,} sentences were longer than the model reads, and were cut: names "
+        f"{cut:,} sentences were longer than the model reads, and were cut: names "
         "at their end may be missing."
     )
     return [Check("Every name was read whole", "caution", told)]
