@@ -23,6 +23,7 @@ from lightleak.validity.identity import (
 )
 
 TEMPLATES = ["{}", "a photo of {}", "{} in a suit"]
+OTHERS = 999  # other people whose photos stand behind the test on faces
 PHOTOS = 4
 DECOYS = 999
 
@@ -77,16 +78,21 @@ def write_people_run(
                     "statistic": 0.7 if named else 0.01,
                     "p_value": 1 / (decoys + 1) if named else (i + 1.5) / (count + 2),
                     "n_decoys": decoys,
-                    "face_p_value": None if total == 1 else 1 / total if in_data else 0.5,
+                    "face_p_value": None if total == 1 else 1 / (OTHERS + 1) if in_data else 0.5,
                     "shuffled_p_value": None if total == 1 else (i + 1.5) / (count + 2),
                 }
             )
     suspects = [row for row in people if row["set"] == "suspect"]
-    adjusted = st.benjamini_hochberg([row["p_value"] for row in suspects]).adjusted.tolist()
     for row in people:
-        row |= {"q_value": None, "found": None}
-    for row, q in zip(suspects, adjusted, strict=True):
-        row |= {"q_value": q, "found": q <= 0.05 and (row["face_p_value"] or 1) <= 0.05}
+        face = 1.0 if row["face_p_value"] is None else row["face_p_value"]
+        row |= {"decisive_p_value": max(row["p_value"], face), "found": None}
+        row |= {"name_q_value": None, "q_value": None}
+    for column, p_column in (("name_q_value", "p_value"), ("q_value", "decisive_p_value")):
+        adjusted = st.benjamini_hochberg([row[p_column] for row in suspects]).adjusted.tolist()
+        for row, q in zip(suspects, adjusted, strict=True):
+            row[column] = q
+    for row in suspects:
+        row["found"] = row["q_value"] <= 0.05
     _write_tables(run, people, decoys, rng)
     _write_evidence(run, people, photos, rng)
     columns = ("id", "stage", "error")
@@ -201,7 +207,7 @@ def _verdict(
     kept = ("person", "name", "p_value", "q_value", "face_p_value")
     about = DecoyFinding(
         fewest=decoys,
-        others=len(people) - 1,
+        others=OTHERS if len(people) > 1 else 0,
         strata=["Latin script, three words, from the name lists of en_US"],
         warnings=warnings,
         smallest_p=1 / (decoys + 1),

@@ -77,11 +77,11 @@ def test_the_tiles_give_counts_with_intervals(exposed):
 
 
 def test_the_table_tells_people_found_from_namesakes_and_from_the_rest(exposed):
-    known = "4 0.001 0.0017 0.031 2 of 3 member member"
+    known = "4 0.001 0.001 0.002 2 of 3 member member"
     assert exposed.row("Suspect Number 0") == f"Suspect Number 0 p0 ✓ found {known}"
-    assert "p6 name only 4 0.001 0.0017 0.5 0 of 3 no no" in exposed.row("Suspect Number 6")
+    assert "p6 name only 4 0.001 0.5 0.86 0 of 3 no no" in exposed.row("Suspect Number 6")
     assert "p7 not found" in exposed.row("Suspect Number 7")
-    assert "p0 – 4 0.068 – 0.5" in exposed.row("Control Number 0")
+    assert "p0 – 4 0.068 0.5 –" in exposed.row("Control Number 0")
 
 
 def test_where_a_control_fires_nobody_is_named(runs):

@@ -34,7 +34,7 @@ def control(fired):
 
 def decided(design="observational", *, found=0, named=None, known=None, fired=False, **decoys):
     person = PersonFound(person="a", name="A B", p_value=0.001, q_value=0.01, face_p_value=0.01)
-    about = {"fewest": 999, "others": 30, "smallest_p": 0.001, "resolvable": 1} | decoys
+    about = {"fewest": 999, "others": 999, "smallest_p": 0.001, "resolvable": 1} | decoys
     return decide_identity(
         design=design,
         found=[person] * found,
@@ -80,10 +80,11 @@ def test_a_name_known_with_another_face_exposes_nobody():
 
 
 def test_too_few_other_faces_are_said_with_how_many_it_takes():
-    _, _, reasons = decided(found=0, named=4, others=18)
-    assert "only 18 other people" in reasons[-1]
-    assert "19 in all" in reasons[-1]
-    assert not any("too few to tell" in each for each in decided(named=4, others=19)[2])
+    # All four at once have q = 20/4 of the smallest p: with 99 others that is 5 %.
+    _, _, reasons = decided(found=0, named=4, others=98)
+    assert "only 98 other people" in reasons[-1]
+    assert "99 are the least" in reasons[-1]
+    assert not any("too few to tell" in each for each in decided(named=4, others=99)[2])
 
 
 def test_names_drawn_by_lot_need_no_faces():

@@ -24,7 +24,8 @@ from lightleak.evidence.affinity import (
     whole_block,
 )
 from lightleak.evidence.readings import Integers
-from lightleak.records import Failure, PeopleSet, Person, load_people
+from lightleak.evidence.selfcheck import self_check
+from lightleak.records import Failure, PeopleSet, Person, Record, load_people
 from lightleak.records.people import name_key
 from lightleak.runs import (
     EvidenceStore,
@@ -91,10 +92,9 @@ def read_people(settings: IdentitySettings) -> Asked:
     loaded: dict[str, PeopleSet] = {}
     for side, (folder, names) in sources.items():
         if folder is not None:
-            beside = Path(folder) / "names.csv"
             found = load_people(
                 folder,
-                names=names or (beside if beside.is_file() else None),
+                names=names or _names_beside(Path(folder), settings.allow_outside),
                 strict=settings.strict,
                 allow_outside=settings.allow_outside,
             )
@@ -110,6 +110,17 @@ def read_people(settings: IdentitySettings) -> Asked:
         tuple(failure for each in loaded.values() for failure in each.failures),
         {f"{side} people": each.sha256 for side, each in loaded.items()},
     )
+
+
+def _names_beside(folder: Path, allow_outside: bool) -> Path | None:
+    file = folder / "names.csv"
+    if not file.is_file():
+        return None
+    if not allow_outside and not file.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            "the link leads outside the folder", str(file), "Give it with --names if you trust it."
+        )
+    return file
 
 
 def _within(side: str, person: Person) -> Person:
@@ -208,6 +219,9 @@ def gather(
     }
     store = EvidenceStore.claim(folder, decides)
     photos = [photo for person in asked.people for photo in person.photos]
+    with progress.stage("Checking the model", 1) as advance:
+        self_check(target, None, _sample(asked, templates, target), settings.size)
+        advance(1)
     with progress.stage("Encoding photos", len(photos)) as advance:
         cache = _cache(names, templates)
         fits = matcher(target, photos, templates, size=settings.size, cache=cache)
@@ -243,6 +257,21 @@ def gather(
                 store.put("mean", index, mean_of_block(fit, here, fits.truncated - cut))
             advance(len(here))
     _store_asked(folder, asked, names, templates, fits, parts)
+
+
+def _sample(asked: Asked, templates: Sequence[str], target: Target) -> list[Record]:
+    """Some photos with their names, as records."""
+    dual = target.kind == "dual-encoder"
+    return [
+        Record(
+            photo.id,
+            photo.file,
+            text=templates[0].replace("{}", person.name) if dual else person.name,
+            prompt=templates[0],
+        )
+        for person in asked.people
+        for photo in person.photos
+    ]
 
 
 def _blocks(names: Names, n_decoys: int, size: int) -> Iterator[Integers]:

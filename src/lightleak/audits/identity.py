@@ -15,10 +15,10 @@ from lightleak.audits.judge_identity import judge_identity
 from lightleak.audits.manifest import recorded
 from lightleak.audits.settings import DECOYS, IdentitySettings
 from lightleak.errors import UserError
-from lightleak.runs import Progress, Run, Silent
+from lightleak.runs import Progress, Run, Silent, make_folder
 from lightleak.validity import IdentityVerdict
 
-# What may not change once the run has been looked at; paths of people and devices may.
+# What may not change once the run has been looked at; the device may.
 _REGISTERED = (
     *("design", "cutoffs", "decoys", "decoy_count", "candidates", "templates", "seed"),
     *("controls", "known", "control_target"),
@@ -86,7 +86,13 @@ def identify(
                     f"--control-target {chosen.control_target}",
                     "Give one of the same kind, which is asked in the same way.",
                 )
+            if other.hashes == model.hashes:
+                raise UserError(
+                    "it is the target itself",
+                    f"--control-target {chosen.control_target}",
+                    "Give a model that cannot have seen these people.",
+                )
             folder = run.evidence / "control-target"
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             gather(folder, chosen, other, asked, names, templates, progress)
         return judge_identity(run, progress)

@@ -112,14 +112,21 @@ class Fitted:
         """The share of people whose photos suit a person's name as well as those of `shown` do.
 
         `shown` is the person, or somebody else to see what the test makes of that; whose name it
-        is counts as no other. None where there are no others.
+        is counts as no other. Of others no more photos are taken than there are of `shown`: the
+        mean of many strays less, so that few photos would stand out by their number alone. None
+        where there are no others.
         """
         level, spread = self._levels[int(self.strata[self.own[person]])]
         standing = standing_out(self.mean[self.own[person]].astype(np.float64), level, spread)
-        others = [k for k in range(len(self.people)) if k not in (shown, person)]
+        photos = self.photos_of(shown)
+        others = [
+            np.random.default_rng(k).permutation(self.photos_of(k))[: len(photos)]
+            for k in range(len(self.people))
+            if k not in (shown, person)
+        ]
         if not others:
             return None
-        by_person = [standing[self.photos_of(k)].mean() for k in (shown, *others)]
+        by_person = [standing[each].mean() for each in (photos, *others)]
         return float(st.conformal_p_values(by_person[:1], by_person[1:])[0])
 
     @cached_property
@@ -169,7 +176,7 @@ def judge_identity(run: Run, progress: Progress | None = None) -> IdentityVerdic
         table = _people(fitted, settings)
         if settings.control_target is not None:
             other = load(run.evidence / "control-target")
-            table = _with_other_model(table, other)
+            table = _with_other_model(table, other, settings)
         write_table(run.people_file, pa.table(table))
         write_table(run.predictions_file, _predictions(run, fitted))
         write_table(run.decoys_file, _decoys(fitted))
@@ -190,7 +197,7 @@ def load(folder: Path) -> Fitted:
     """
     try:
         return _load(folder)
-    except (OSError, pa.ArrowInvalid, KeyError, IndexError) as error:
+    except (OSError, pa.ArrowInvalid, KeyError, IndexError, ValueError, TypeError) as error:
         raise UserError(
             f"its evidence is missing or damaged ({str(error).partition(chr(10))[0]})",
             str(folder.parent),
@@ -287,21 +294,25 @@ def _people(fitted: Fitted, settings: IdentitySettings) -> dict[str, list[Any]]:
     rows = [_person(fitted, settings, i) for i in range(len(fitted.people))]
     # People in and people out are not part of the question: only suspects are corrected for.
     suspects = np.flatnonzero(fitted.sets == "suspect")
-    adjusted = st.benjamini_hochberg([rows[i]["p_value"] for i in suspects]).adjusted
+    for column, p_column in (("name_q_value", "p_value"), ("q_value", "decisive_p_value")):
+        adjusted = st.benjamini_hochberg([rows[i][p_column] for i in suspects]).adjusted
+        by_row = dict(zip(suspects.tolist(), adjusted.tolist(), strict=True))
+        for i, row in enumerate(rows):
+            row[column] = by_row.get(i)
     for row in rows:
-        row |= {"q_value": None, "found": None}
-    for i, q in zip(suspects, adjusted.tolist(), strict=True):
-        rows[i] |= {"q_value": q, "found": _is_found(settings, rows[i], q)}
+        q_value = row["q_value"]
+        row["found"] = q_value and q_value <= settings.cutoffs.false_discovery_rate
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def _is_found(settings: IdentitySettings, row: dict[str, Any], level: float) -> bool:
-    """Whether the name is known, and, where it might be a namesake's, the face with it."""
-    cutoffs = settings.cutoffs
-    face = row["face_p_value"]
-    known = level <= cutoffs.false_discovery_rate
-    tied = settings.design == "randomised" or (face is not None and face <= cutoffs.alpha)
-    return bool(known and tied)
+def decisive(settings: IdentitySettings, name: float, face: float | None) -> float:
+    """The p-value that decides of a person: the name's, or the larger of name's and face's.
+
+    Where lots decided the names, no namesake can have put one into the data.
+    """
+    if settings.design == "randomised":
+        return name
+    return 1.0 if face is None else max(name, face)
 
 
 def _person(fitted: Fitted, settings: IdentitySettings, i: int) -> dict[str, Any]:
@@ -309,6 +320,7 @@ def _person(fitted: Fitted, settings: IdentitySettings, i: int) -> dict[str, Any
     predicted, own = fitted.predicted[photos], int(fitted.own[i])
     by_template = recognised(predicted, own)
     ranked = fitted.rank(photos, i)
+    p_value, face = ranked.p_value(), fitted.face_p_value(i, i)
     decoys = fitted.decoys_of(i)
     voted = votes(predicted, np.r_[own, decoys[fitted.candidate[decoys]]]).max(axis=1)
     return {
@@ -320,9 +332,10 @@ def _person(fitted: Fitted, settings: IdentitySettings, i: int) -> dict[str, Any
         "member_published": bool(by_template.sum() >= settings.cutoffs.tau),
         "member_majority": bool(majority(predicted, own).sum() >= settings.cutoffs.tau),
         "statistic": float(ranked.ranks[0].mean()),
-        "p_value": ranked.p_value(),
+        "p_value": p_value,
         "n_decoys": len(decoys),
-        "face_p_value": fitted.face_p_value(i, i),
+        "face_p_value": face,
+        "decisive_p_value": decisive(settings, p_value, face),
         "votes": int(voted[0]),
         "votes_p_value": float((1 + (voted[1:] >= voted[0]).sum()) / len(voted)),
         "shuffled_p_value": _shuffled(fitted, settings.seed, i),
@@ -339,10 +352,15 @@ def _shuffled(fitted: Fitted, seed: int, i: int) -> float | None:
     return None if face is None else max(fitted.rank(fitted.photos_of(i), other).p_value(), face)
 
 
-def _with_other_model(table: dict[str, list[Any]], other: Fitted) -> dict[str, list[Any]]:
-    """Add each person's p-value under a model that cannot have seen them."""
+def _with_other_model(
+    table: dict[str, list[Any]], other: Fitted, settings: IdentitySettings
+) -> dict[str, list[Any]]:
+    """Add each person's decisive p-value under a model that cannot have seen them."""
     by_person = {
-        key: other.rank(other.photos_of(i), i).p_value() for i, key in enumerate(other.people)
+        key: decisive(
+            settings, other.rank(other.photos_of(i), i).p_value(), other.face_p_value(i, i)
+        )
+        for i, key in enumerate(other.people)
     }
     keys = [f"{side}/{key}" for side, key in zip(table["set"], table["person"], strict=True)]
     return {**table, "control_target_p_value": [by_person.get(key) for key in keys]}
@@ -433,22 +451,22 @@ def _verdict(
     cutoffs = settings.cutoffs
     column = {key: np.array(values) for key, values in table.items()}
     suspects, controls, knowns = (column["set"] == s for s in ("suspect", "control", "known"))
-    n, q_values = int(suspects.sum()), column["q_value"][suspects]
+    n, names_q = int(suspects.sum()), column["name_q_value"][suspects]
     kept = ("person", "name", "p_value", "q_value", "face_p_value")
     found = [
         PersonFound(**{key: table[key][i] for key in kept})
         for i in np.flatnonzero(suspects)
         if table["found"][i]
     ]
-    negative = _negative_controls(column, cutoffs.alpha)
+    # People without any decoy have p = 1 and are warned of; they say nothing of the others.
+    tried = column["n_decoys"][suspects]
+    fewest = int(tried[tried > 0].min()) if (tried > 0).any() else 0
+    lots = settings.design == "randomised"
+    negative = _negative_controls(column, cutoffs.alpha, fewest, uniform=lots)
     # As if no other suspect were found: the strictest that the correction can be.
-    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
-    detected = [
-        _is_found(settings, rows[i], rows[i]["p_value"] * n) for i in np.flatnonzero(knowns)
-    ]
-    known = rate(detected) if detected else None
-    fewest = int(column["n_decoys"].min())
-    named = rate([q <= cutoffs.false_discovery_rate for q in q_values])
+    alone = cutoffs.false_discovery_rate / n
+    known = rate(column["decisive_p_value"][knowns] <= alone) if knowns.any() else None
+    named = rate([q <= cutoffs.false_discovery_rate for q in names_q])
     decoys = DecoyFinding(
         fewest=fewest,
         others=len(fitted.people) - 1,
@@ -505,32 +523,42 @@ def rate(hits: Sequence[bool] | NDArray[np.bool_]) -> RateFinding:
     return RateFinding(count=count, of=of, rate=estimate.value, ci95=(estimate.low, estimate.high))
 
 
-def _negative_controls(column: dict[str, NDArray[Any]], alpha: float) -> list[ControlFinding]:
-    """People and names that cannot be found, put to the same test."""
+def _negative_controls(
+    column: dict[str, NDArray[Any]], alpha: float, decoys: int, *, uniform: bool
+) -> list[ControlFinding]:
+    """People and names that cannot be found, put to the rule that decides.
+
+    The larger of two p-values is not `uniform`, only never too small.
+    """
     out = column["set"] == "control"
     tried = [
-        ("people known to be out", column["p_value"][out], True),
-        # The larger of two p-values is not uniform, only never too small.
+        ("people known to be out", column["decisive_p_value"][out], uniform),
         ("photos under somebody else's name", column["shuffled_p_value"], False),
     ]
     if "control_target_p_value" in column:
-        tried.append(("a model that cannot know them", column["control_target_p_value"], True))
+        other = column["control_target_p_value"]
+        tried.append(("a model that cannot know them", other, uniform))
     findings = []
-    for name, found, uniform in tried:
+    for name, found, is_uniform in tried:
         p_values = np.array([p for p in found if p is not None], dtype=np.float64)
         if len(p_values):
-            findings.append(_negative_control(name, p_values, alpha, uniform))
+            findings.append(_negative_control(name, p_values, alpha, decoys, is_uniform))
     return findings
 
 
-def _negative_control(name: str, p_values: Floats, alpha: float, uniform: bool) -> ControlFinding:
-    hits = p_values <= alpha
-    excess = float(stats.binomtest(int(hits.sum()), len(hits), alpha, "greater").pvalue)
+def _negative_control(
+    name: str, p_values: Floats, alpha: float, decoys: int, uniform: bool
+) -> ControlFinding:
+    hits = int((p_values <= alpha).sum())
+    # People share their decoys, so that their p-values err together: not a binomial count.
+    below = int(np.floor(alpha * (decoys + 1)))
+    by_chance = stats.betabinom(len(p_values), below, decoys + 1 - below) if below else None
+    excess = float(by_chance.sf(hits - 1)) if by_chance else float(hits == 0)
     fired = excess <= CONTROL_ALARM
-    share = f"Negative control, {name}: {int(hits.sum())} of {len(hits)} have p ≤ {alpha:g}"
+    share = f"Negative control, {name}: {hits} of {len(p_values)} have p ≤ {alpha:g}"
     return ControlFinding(
         name=name,
-        rejected=rate(hits),
+        rejected=rate(p_values <= alpha),
         p_excess=excess,
         p_uniform=float(stats.kstest(p_values, "uniform").pvalue) if uniform else None,
         fired=fired,

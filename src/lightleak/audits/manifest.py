@@ -92,7 +92,10 @@ def _registered(run: Run, kind: str, settings: TargetSettings, fixed: Collection
 
 
 def _versions() -> dict[str, str]:
-    packages = ("lightleak", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn")
+    packages = (
+        *("lightleak", "torch", "transformers", "peft"),
+        *("numpy", "scipy", "scikit-learn", "Faker"),
+    )
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     for name in packages:
         try:

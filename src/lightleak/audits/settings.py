@@ -180,7 +180,7 @@ class IdentitySettings(TargetSettings):
     known: str | None = None
     control_target: str | None = None
     decoys: str = "auto"
-    decoy_count: int | None = Field(None, ge=19)
+    decoy_count: int | None = Field(None, ge=19, le=1_000_000)
     candidates: int = Field(1000, ge=2)
     templates: str | None = None
     design: Literal["randomised", "observational"] = "observational"

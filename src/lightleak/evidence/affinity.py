@@ -29,6 +29,7 @@ from lightleak.targets import Batch, DualEncoderTarget, EncodedRecord, Generativ
 _Made = TypeVar("_Made")
 _BLANK = Image.new("RGB", (64, 64), (127, 127, 127))
 _TEXTS_AT_ONCE = 256
+_PHOTOS_AT_ONCE = 128
 # Names whose sentences are cached in one file, and how many numbers a block may yield.
 _CACHED_NAMES = 256
 _BLOCKS = (1024, 256, 64, 16)
@@ -97,9 +98,8 @@ class CosineMatcher:
     truncated: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        found, failures = _each_photo(self.photos, self.target.pixels)
-        blank = self.target.pixels(_BLANK)
         embedded: dict[str, Tensor] = {}
+        failures: list[Failure] = []
 
         def one(batch: Batch) -> None:
             found = self.target.embed_images(batch.inputs)
@@ -107,13 +107,17 @@ class CosineMatcher:
                 raise FloatingPointError("its embedding is not finite")
             embedded.update(zip(batch.ids, found, strict=True))
 
-        encoded = [
-            EncodedRecord(key, inputs, frozenset(), 1)
-            for key, inputs in [*((photo.id, each) for photo, each in found), ("", blank)]
-        ]
         with torch.no_grad():
-            failures += run(self.target, plan(encoded, self.size), one)
-        self.photos = tuple(photo for photo, _ in found if photo.id in embedded)
+            for start in range(0, len(self.photos), _PHOTOS_AT_ONCE):
+                some = self.photos[start : start + _PHOTOS_AT_ONCE]
+                found, unread = _each_photo(some, self.target.pixels)
+                encoded = [EncodedRecord(p.id, each, frozenset(), 1) for p, each in found]
+                failures += [*unread, *run(self.target, plan(encoded, self.size), one)]
+            blank = EncodedRecord("", self.target.pixels(_BLANK), frozenset(), 1)
+            wrong = run(self.target, [[blank]], one)
+        if wrong:
+            raise UserError(f"it cannot embed a picture ({wrong[0].error})", self.target.name)
+        self.photos = tuple(photo for photo in self.photos if photo.id in embedded)
         self.failures = tuple(failures)
         kept = [embedded[key] for key in (*(photo.id for photo in self.photos), "")]
         self._images = torch.stack(kept).double().cpu().numpy()
@@ -147,18 +151,25 @@ class CosineMatcher:
             flags = torch.tensor(cut, dtype=vectors.dtype)[:, None]
             found.append(torch.cat([vectors, flags], 1))
         embedded: Floats = torch.cat(found)[np.argsort(order)].numpy()
+        if not np.isfinite(embedded).all():
+            raise UserError(
+                "the embedding of a sentence is not finite",
+                self.target.name,
+                "Is the model intact, and its precision wide enough?",
+            )
         return embedded
 
     def _cached(self, texts: Sequence[str]) -> Floats:
         if self.cache is None:
             return self._embed(texts)
-        decides = [sorted(self.target.hashes.items()), str(self.target.dtype), list(texts)]
+        decides = [2, sorted(self.target.hashes.items()), str(self.target.dtype), list(texts)]
         file = self.cache / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.npy"
         try:
             stored: Floats = np.load(file, allow_pickle=False)
-            if stored.ndim == 2 and stored.shape[0] == len(texts):
+            whole = stored.shape == (len(texts), self._images.shape[1] + 1)
+            if whole and np.isfinite(stored).all():
                 return stored
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, AttributeError, TypeError):
             pass  # Not there, or torn: it is made again.
         embedded = self._embed(texts)
         try:
@@ -182,20 +193,19 @@ class LikelihoodMatcher:
     truncated: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        def encode(image: Image.Image) -> Image.Image:
+        def encode(image: Image.Image) -> None:
             self.target.encode(self._record("", "x", self.templates[0]), image)
-            return image
 
         found, failures = _each_photo(self.photos, encode)
         self.photos = tuple(photo for photo, _ in found)
         self.failures = tuple(failures)
-        self._images = [*(image for _, image in found), _BLANK]
 
     def affinities(self, names: Sequence[str]) -> Floats:
         """(names, templates, photos + 1) log-likelihoods."""
-        shape = (len(names), len(self.templates), len(self._images))
+        shape = (len(names), len(self.templates), len(self.photos) + 1)
         found = np.full(shape, np.nan)
-        for k, image in enumerate(self._images):
+        for k in range(shape[2]):
+            image = _BLANK if k == len(self.photos) else open_rgb(self.photos[k].file)
             records = [
                 self._record(f"{i} {j}", name, question)
                 for j, question in enumerate(self.templates)

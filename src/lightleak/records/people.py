@@ -24,7 +24,7 @@ JOINERS = "\u200c\u200d"
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo; `sha256` is the hex digest of the file as it is stored."""
+    """One photo; `sha256` is the hex digest of its size and its pixels."""
 
     person: str
     file: Path
@@ -340,9 +340,10 @@ def _photo(file: Path, root: Path, allow_outside: bool) -> Photo:
         raise UserError(f"it is {what}", what_to_do="Put photos directly into the folder.")
     if any(unicodedata.category(character) == "Cs" for character in file.name):
         raise UserError("the file name is not Unicode", what_to_do="Rename it.")
-    encoded = image_bytes(file)
-    open_rgb(encoded)
-    return Photo(file.parent.name, file, sha256(encoded).hexdigest())
+    image = open_rgb(image_bytes(file))
+    # Of the pixels: saved again in another format, a photo is the same photo.
+    digest = sha256(repr(image.size).encode() + image.tobytes())
+    return Photo(file.parent.name, file, digest.hexdigest())
 
 
 def _is_image(file: Path, root: Path, allow_outside: bool) -> bool:

@@ -208,6 +208,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LIGHTLEAK_CACHE") or Path.home() / ".cache" / "lightleak")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of a run.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"it cannot be made ({error.strerror})", str(folder)) from error
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """Write beside `file`, flush to disk, then take its place at once."""

@@ -63,10 +63,11 @@ def votes(predicted: Integers, names: Integers) -> Integers:
 
 def recognised(predicted: Integers, own: int) -> Booleans:
     """(templates,) whether the true name is predicted more often than every other; a tie fails."""
-    # For each photo, how many photos were given the same name.
-    counts = (predicted[:, None] == predicted[None]).sum(axis=1)
-    mine = (predicted == own).sum(axis=0)
-    return np.asarray(mine > np.where(predicted == own, 0, counts).max(axis=0))
+    names, code = np.unique(predicted, return_inverse=True)
+    counts = np.zeros((len(names), predicted.shape[1]), dtype=np.int64)
+    np.add.at(counts, (code.reshape(predicted.shape), np.arange(predicted.shape[1])), 1)
+    mine = counts[names == own].sum(axis=0)
+    return np.asarray(mine > counts[names != own].max(axis=0, initial=0))
 
 
 def majority(predicted: Integers, own: int) -> Booleans:

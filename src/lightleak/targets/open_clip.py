@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.constants
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,9 @@ def load_open_clip(folder: Path) -> tuple[OpenClip, _Processor]:
             'Run: pip install "lightleak[open-clip]", or give its transformers form.',
         ) from error
     named = f"local-dir:{folder}"
+    # A configuration may name parts on the hub; nobody gave those names, so nothing is fetched.
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             named, load_weights=False, pretrained_text=False
@@ -103,4 +107,6 @@ def load_open_clip(folder: Path) -> tuple[OpenClip, _Processor]:
     except Exception as error:
         first = str(error).strip().partition("\n")[0][:300]
         raise UserError(f"open_clip could not load it ({first})", str(folder)) from error
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
     return OpenClip(model), _Processor(tokenizer, model.context_length, transform)

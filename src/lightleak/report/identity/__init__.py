@@ -22,7 +22,8 @@ def fill(run: Run, *, show_images: bool) -> dict[str, Any]:
         "contents": contents,
         "words": words,
         "smallest_q": min(
-            (one.q_value for one in contents.people if one.q_value is not None), default=None
+            (one.name_q_value for one in contents.people if one.name_q_value is not None),
+            default=None,
         ),
         "declared": words.declared(contents.design),
         "scale": figures.Scale.over(contents.spreads.values()),

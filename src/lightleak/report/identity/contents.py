@@ -31,8 +31,9 @@ class Person:
     """One person and what was found; as in people.parquet.
 
     Attributes:
-        p_value, q_value: of the name among its decoys; q for suspects only.
+        p_value: of the name among its decoys.
         face_p_value: of the photos among those of others; None where there are none.
+        name_q_value, q_value: of the name alone, and of what decides; for suspects only.
         found: whether the verdict names this person.
     """
 
@@ -45,8 +46,9 @@ class Person:
     member_majority: bool
     statistic: float
     p_value: float
-    q_value: float | None
     face_p_value: float | None
+    name_q_value: float | None
+    q_value: float | None
     found: bool
 
     @property
@@ -190,14 +192,15 @@ def _spreads(decoys: pa.Table, people: Mapping[Key, Person]) -> dict[Key, Spread
     for side, person, statistics in zip(*columns, strict=True):
         key = (side.as_py(), person.as_py())
         if key in people:
-            values = statistics.values.to_numpy()
+            # Whoever has no decoy is drawn as if all were at nought.
+            values = np.append(statistics.values.to_numpy(), [] if len(statistics) else [0.0])
             quantiles = np.quantile(values, QUANTILES, method="inverted_cdf").tolist()
             found[key] = Spread(people[key].statistic, tuple(quantiles))
     return found
 
 
 def _nulls(table: pa.Table) -> list[Floats]:
-    columns = [table.filter(pc.equal(table["set"], "control"))["p_value"]] + [
+    columns = [table.filter(pc.equal(table["set"], "control"))["decisive_p_value"]] + [
         table[name]
         for name in ("shuffled_p_value", "control_target_p_value")
         if name in table.column_names

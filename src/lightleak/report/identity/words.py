@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lightleak import statistics as st
 from lightleak.report.identity.contents import Contents, People, Person
-from lightleak.report.words import Check, p_value, percent, thousands
+from lightleak.report.words import Check, Mark, p_value, percent, thousands
 from lightleak.validity import IdentityVerdict
 
 # From the weakest to the strongest.
@@ -121,13 +122,13 @@ def steps(contents: Contents) -> list[tuple[str, str, str]]:
             "person the true name is one name among others. p is the share of the names, the true "
             "one among them, that do at least as well.",
         ),
+        ("The face among others", "", _face(contents)),
         (
             "Correct for many people",
             "Benjamini and Hochberg 1995",
-            f"Of {_people(tested)} some rank high by chance. A name is known if its q-value is at "
-            f"most {level}: of the names known, so many are expected to be known wrongly.",
+            f"Of {_people(tested)} some do well by chance. Whoever has a q-value of at most "
+            f"{level} is found: of those found, so many are expected to be found wrongly.",
         ),
-        ("The face among others", "", _face(contents)),
         (
             "What can be resolved",
             "",
@@ -153,8 +154,7 @@ def _face(contents: Contents) -> str:
         "A known name may be a namesake's. So it is asked on whose photos the name stands out from "
         f"its decoys: on this person's, or as far on those of the {verdict.decoys.others:,} other "
         "people given. p is the share of the people, this one among them, on whose photos it "
-        "stands out at least as far. A person is found if the name is known and this p is at most "
-        f"{verdict.cutoffs.alpha:g}."
+        "stands out at least as far. The larger of both p-values decides."
     )
 
 
@@ -204,12 +204,22 @@ def _fair_decoys(verdict: IdentityVerdict) -> list[Check]:
 def _enough_others(contents: Contents) -> list[Check]:
     if contents.design == "randomised":
         return []
-    others, alpha = contents.verdict.decoys.others, contents.verdict.cutoffs.alpha
-    enough = 1 / (others + 1) <= alpha
+    verdict = contents.verdict
+    others = verdict.decoys.others
+    level = verdict.cutoffs.false_discovery_rate
+    least = st.smallest_resolvable(verdict.suspects.of, others, level)
+    enough = least <= verdict.suspects.of
     told = f"Each person's photos were compared with those of {others:,} others"
-    rest = "" if enough else f": too few for a p-value of {alpha:g}; give more with --controls"
+    rest = (
+        ": too few to find anyone; give more with --controls"
+        if not enough
+        else f": nobody can be found unless {thousands(least)} are at once"
+        if least > 1
+        else ""
+    )
     name = "A name can be told from a namesake's"
-    return [Check(name, "passed" if enough else "failed", f"{told}{rest}.")]
+    mark: Mark = "failed" if not enough else "caution" if least > 1 else "passed"
+    return [Check(name, mark, f"{told}{rest}.")]
 
 
 def _known(verdict: IdentityVerdict) -> Check:
@@ -250,11 +260,11 @@ def _read_whole(contents: Contents) -> list[Check]:
 
 def outcome(person: Person, verdict: IdentityVerdict) -> str:
     """What the table says of a person beside the numbers."""
-    if person.q_value is None:
+    if person.name_q_value is None:
         return "–"
     if person.found:
         return "found"
-    if person.q_value > verdict.cutoffs.false_discovery_rate:
+    if person.name_q_value > verdict.cutoffs.false_discovery_rate:
         return "not found"
     return "does not count" if verdict.tier == "none" else "name only"
 
