@@ -117,6 +117,11 @@ def share(hits: Sequence[bool]) -> dict[str, Any]:
     }
 
 
+def _both(row: dict[str, Any]) -> bool:
+    """Found by the larger of both p-values, were nobody else asked about."""
+    return max(row["p_value"], row["face_p_value"]) <= 0.05
+
+
 def summary(rows: Sequence[dict[str, Any]], names: int) -> dict[str, Any]:
     """Rates of both attacks over all seeds for one kind of photos."""
     members = [row for row in rows if row["member"]]
@@ -146,12 +151,8 @@ def summary(rows: Sequence[dict[str, Any]], names: int) -> dict[str, Any]:
         "ours: mean false discovery proportion": float(np.mean(false)),
         "ours: FPR at p <= .05": share(p_out <= 0.05),
         "ours: people out, Kolmogorov-Smirnov p": float(stats.kstest(p_out, "uniform").pvalue),
-        "ours: TPR, name and face (q <= .05, face p <= .05)": share(
-            [row["q_value"] <= 0.05 and row["face_p_value"] <= 0.05 for row in members]
-        ),
-        "ours: FPR, name and face": share(
-            [row["q_value"] <= 0.05 and row["face_p_value"] <= 0.05 for row in others]
-        ),
+        "name and face, one person asked about: TPR": share([_both(row) for row in members]),
+        "name and face, one person asked about: FPR": share([_both(row) for row in others]),
         "photos under somebody else's name, p <= .05": share(
             [row["shuffled_p_value"] <= 0.05 for row in rows]
         ),
@@ -163,13 +164,7 @@ def summary(rows: Sequence[dict[str, Any]], names: int) -> dict[str, Any]:
                 "ours": share(
                     [row["q_value"] <= 0.05 for row in members if row["copies"] == copies]
                 ),
-                "name and face": share(
-                    [
-                        row["q_value"] <= 0.05 and row["face_p_value"] <= 0.05
-                        for row in members
-                        if row["copies"] == copies
-                    ]
-                ),
+                "name and face": share([_both(row) for row in members if row["copies"] == copies]),
             }
             for copies in COPIES
         },

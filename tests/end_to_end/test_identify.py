@@ -268,8 +268,8 @@ class TestPlainly:
 def test_the_files_have_the_columns_that_other_programs_read(audited):
     columns = {
         "people_file": "person name set n_photos templates_correct member_published "
-        "member_majority statistic p_value n_decoys face_p_value votes votes_p_value "
-        "shuffled_p_value q_value found",
+        "member_majority statistic p_value n_decoys face_p_value decisive_p_value "
+        "votes votes_p_value shuffled_p_value name_q_value q_value found",
         "predictions_file": "person set photo template predicted correct",
         "decoys_file": "person set statistics",
         "curve_file": "n_photos set rule people rate sd",

@@ -203,7 +203,7 @@ def _verdict(
                     sentence=f"Negative control, {name}: {rejected.count} of {rejected.of}, {verb}",
                 )
             )
-    named = rate([row["q_value"] <= 0.05 for row in suspects])
+    named = rate([row["name_q_value"] <= 0.05 for row in suspects])
     kept = ("person", "name", "p_value", "q_value", "face_p_value")
     about = DecoyFinding(
         fewest=decoys,

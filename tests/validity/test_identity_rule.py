@@ -75,16 +75,16 @@ def test_people_found_are_exposed_on_the_tier_of_the_design(design, tier):
 def test_a_name_known_with_another_face_exposes_nobody():
     verdict, tier, reasons = decided(found=0, named=4, known=rate(30, 30))
     assert (verdict, tier) == ("inconclusive", "observational")
-    assert "0 of these 4 names" in reasons[-1]
+    assert "0 of these 4 also fit their person's photos" in reasons[-1]
     assert "namesake" in reasons[-1]
 
 
 def test_too_few_other_faces_are_said_with_how_many_it_takes():
     # All four at once have q = 20/4 of the smallest p: with 99 others that is 5 %.
     _, _, reasons = decided(found=0, named=4, others=98)
-    assert "only 98 other people" in reasons[-1]
-    assert "99 are the least" in reasons[-1]
-    assert not any("too few to tell" in each for each in decided(named=4, others=99)[2])
+    assert "at least 99 other people are needed" in reasons[-1]
+    assert "399 to find any one person alone. There are 98" in reasons[-1]
+    assert not any("are needed" in each for each in decided(named=4, others=99)[2])
 
 
 def test_names_drawn_by_lot_need_no_faces():

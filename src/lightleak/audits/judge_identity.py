@@ -108,6 +108,11 @@ class Fitted:
         )
         return Ranked(ranks, self.mean[np.ix_(np.r_[self.own[person], decoys], photos)])
 
+    @cached_property
+    def ranked(self) -> list[Ranked]:
+        """Each person's name among its decoys, on the person's own photos."""
+        return [self.rank(self.photos_of(i), i) for i in range(len(self.people))]
+
     def face_p_value(self, shown: int, person: int) -> float | None:
         """The share of people whose photos suit a person's name as well as those of `shown` do.
 
@@ -319,7 +324,7 @@ def _person(fitted: Fitted, settings: IdentitySettings, i: int) -> dict[str, Any
     photos = fitted.photos_of(i)
     predicted, own = fitted.predicted[photos], int(fitted.own[i])
     by_template = recognised(predicted, own)
-    ranked = fitted.rank(photos, i)
+    ranked = fitted.ranked[i]
     p_value, face = ranked.p_value(), fitted.face_p_value(i, i)
     decoys = fitted.decoys_of(i)
     voted = votes(predicted, np.r_[own, decoys[fitted.candidate[decoys]]]).max(axis=1)
@@ -357,9 +362,7 @@ def _with_other_model(
 ) -> dict[str, list[Any]]:
     """Add each person's decisive p-value under a model that cannot have seen them."""
     by_person = {
-        key: decisive(
-            settings, other.rank(other.photos_of(i), i).p_value(), other.face_p_value(i, i)
-        )
+        key: decisive(settings, other.ranked[i].p_value(), other.face_p_value(i, i))
         for i, key in enumerate(other.people)
     }
     keys = [f"{side}/{key}" for side, key in zip(table["set"], table["person"], strict=True)]
@@ -388,7 +391,7 @@ def _predictions(run: Run, fitted: Fitted) -> pa.Table:
 
 def _decoys(fitted: Fitted) -> pa.Table:
     """Each person's statistic for every decoy, to draw."""
-    ranks = [fitted.rank(fitted.photos_of(i), i).ranks for i in range(len(fitted.people))]
+    ranks = [each.ranks for each in fitted.ranked]
     return pa.table(
         {
             "person": [key.partition("/")[2] for key in fitted.people],
@@ -429,7 +432,7 @@ def _found(
     """For each random subset of a person's photos: found by each rule."""
     photos, own = fitted.photos_of(i), int(fitted.own[i])
     subsets = sub_samples(len(photos), size, _REPEATS, settings.seed)
-    p_values = fitted.rank(photos, i).p_values(subsets)
+    p_values = fitted.ranked[i].p_values(subsets)
     predicted = [fitted.predicted[photos[subset]] for subset in subsets.T]
     return [
         (

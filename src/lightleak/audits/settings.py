@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -60,6 +61,10 @@ class TargetSettings(BaseModel):
             if name == "cutoffs":
                 where = _CUTOFFS.get(" ".join(inner), f"--cutoff {' '.join(inner)}")
             message = str(first["msg"]).removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                message = "there is no such setting"
+                message += f"; did you mean {close[0]}?" if close else ""
             raise UserError(message, where if first["loc"] else "") from error
 
     def load(self, target: str | None = None) -> Target:

@@ -87,10 +87,11 @@ def show_people(verdict: IdentityVerdict, report: Path) -> None:
     """Print an identity verdict, who was found and where the report is."""
     _panel(verdict)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("person", "name", "p", "q"):
+    for column in ("person", "name", "p, name", "p, face", "q of the larger"):
         table.add_column(column)
     for each in sorted(verdict.found, key=lambda found: found.p_value)[:_SHOWN]:
-        table.add_row(each.person, each.name, f"{each.p_value:.2g}", f"{each.q_value:.2g}")
+        face = "—" if each.face_p_value is None else f"{each.face_p_value:.2g}"
+        table.add_row(each.person, each.name, f"{each.p_value:.2g}", face, f"{each.q_value:.2g}")
     if verdict.found:
         output.print(table, markup=False)
     if len(verdict.found) > _SHOWN:

@@ -29,7 +29,11 @@ def identify(
         typer.Option(help="CSV with person,name; else names.csv there, else the folders' names."),
     ] = None,
     controls: Annotated[
-        Path | None, typer.Option(help="Likewise people known not to be in the data.")
+        Path | None,
+        typer.Option(
+            help="Likewise people known not to be in the data; to find one of m people takes "
+            "20·m − 1 others."
+        ),
     ] = None,
     known: Annotated[
         Path | None, typer.Option(help="Likewise people known to be in the data.")
@@ -45,16 +49,24 @@ def identify(
         typer.Option(help="Decoys for each kind of name; 1000, or 99 for a generative target."),
     ] = None,
     candidates: Annotated[
-        int, typer.Option(help="Names that a photo is given one of, in the published attack.")
+        int,
+        typer.Option(
+            help="Names that a photo is given one of, in the published attack; never fewer than "
+            "people."
+        ),
     ] = 1000,
     templates: Annotated[
-        Path | None, typer.Option(help="One template a line, {} for the name; else as published.")
+        Path | None,
+        typer.Option(
+            help="One template a line, {} for the name (a generative target: one question a "
+            "line); else as published."
+        ),
     ] = None,
     tau: Annotated[
         int, typer.Option(help="Templates that must recognise a person, as published.")
     ] = 1,
     fdr: Annotated[
-        float, typer.Option(help="Expected share of wrong names among the people found.")
+        float, typer.Option(help="Expected share of people found wrongly among those found.")
     ] = 0.05,
     design: Annotated[
         Design, typer.Option(help="randomised where lots decided the names in the data.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -15,6 +16,8 @@ from lightleak import __version__
 from lightleak.cli import audit, demo, doctor, identify, lab, report, signals
 from lightleak.cli.console import errors
 from lightleak.errors import UserError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="lightleak",
@@ -58,8 +61,16 @@ def run() -> None:
         errors.print(f"lightleak: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("lightleak: interrupted; the same command goes on where it stopped")
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # Typer has caught the key already.
+            _interrupted()
+        raise
+
+
+def _interrupted() -> NoReturn:
+    errors.print("lightleak: interrupted; the same command goes on where it stopped")
+    sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from lightleak.cli.console import Bars, show, show_people
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder of an audit.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of audit or identify.")],
     show_images: Annotated[
-        bool, typer.Option("--show-images", help="Show records' images in the report.")
+        bool, typer.Option("--show-images", help="Show images in the report.")
     ] = False,
 ) -> None:
     """Judge a run again from its stored evidence and rebuild its report; needs no model."""

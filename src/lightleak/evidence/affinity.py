@@ -188,7 +188,7 @@ class LikelihoodMatcher:
     photos: tuple[Photo, ...]
     templates: tuple[str, ...]
     size: BatchSize
-    block: int = 16
+    block: int = 4
     failures: tuple[Failure, ...] = field(init=False)
     truncated: int = field(default=0, init=False)
 
@@ -246,9 +246,12 @@ def best_of_block(affinities: Floats, names: Integers, count: int) -> pa.Table:
     count = min(count, len(names))
     by_place = np.ascontiguousarray(affinities.reshape(len(names), -1).T)
     least = np.partition(by_place, -count, axis=1)[:, -count, None]
-    above, equal = by_place > least, by_place == least
-    free = count - above.sum(axis=1, keepdims=True)
-    kept = np.nonzero(above | (equal & (equal.cumsum(axis=1) <= free)))[1].reshape(-1, count)
+    chosen = by_place >= least
+    if chosen.sum() > count * len(chosen):  # Equals at the cut: the first of them stay.
+        equal = by_place == least
+        free = count - (by_place > least).sum(axis=1, keepdims=True)
+        chosen &= ~equal | (equal.cumsum(axis=1) <= free)
+    kept = np.nonzero(chosen)[1].reshape(-1, count)
     values = np.take_along_axis(by_place, kept, 1)
     order = np.argsort(-values, axis=1, kind="stable")
     templates, photos = np.indices(affinities.shape[1:])
@@ -256,10 +259,16 @@ def best_of_block(affinities: Floats, names: Integers, count: int) -> pa.Table:
         {
             "photo": photos.ravel().astype(np.int32),
             "template": templates.ravel().astype(np.int32),
-            "name": list(names[np.take_along_axis(kept, order, 1)].astype(np.int32)),
-            "affinity": list(np.take_along_axis(values, order, 1)),
+            "name": _lists(names[np.take_along_axis(kept, order, 1)].astype(np.int32)),
+            "affinity": _lists(np.take_along_axis(values, order, 1)),
         }
     )
+
+
+def _lists(rows: np.ndarray) -> pa.Array:
+    """A matrix as a column of lists."""
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(rows).ravel()))
 
 
 def mean_of_block(affinities: Floats, names: Integers, truncated: int) -> pa.Table:
@@ -271,7 +280,7 @@ def mean_of_block(affinities: Floats, names: Integers, truncated: int) -> pa.Tab
         truncated: how many sentences of the block had to be cut; kept beside the table.
     """
     means = affinities.mean(axis=1).astype(np.float32)
-    table = pa.table({"name": names.astype(np.int32), "affinities": list(means)})
+    table = pa.table({"name": names.astype(np.int32), "affinities": _lists(means)})
     return table.replace_schema_metadata({"truncated": str(truncated)})
 
 
@@ -280,7 +289,7 @@ def whole_block(affinities: Floats, names: Integers) -> pa.Table:
     return pa.table(
         {
             "name": names.astype(np.int32),
-            "affinities": list(affinities.reshape(len(names), -1)),
+            "affinities": _lists(affinities.reshape(len(names), -1)),
         }
     )
 

@@ -108,7 +108,11 @@ def load_people(
     entries = _listed(source)
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders:
-        raise UserError("there is no folder in it", str(source), "Put in one folder a person.")
+        raise UserError(
+            "there is no folder in it",
+            str(source),
+            "Put in one folder a person; of one person alone give the folder above.",
+        )
     labels = _from_file(Path(names), folders) if names else _from_folders(folders)
     _check_distinct(labels, source)
     root = source.resolve()
@@ -126,7 +130,9 @@ def load_people(
             refuse(UserError("no photo of it can be used"), person, "person")
     if not people:
         raise UserError(
-            f"no person can be used; the first reason: {failures[0].error.rstrip('.')}", str(source)
+            f"no person can be used; the first reason: {failures[0].error.rstrip('.')}",
+            str(source),
+            "Does it hold a folder of photos for each person?",
         )
     return PeopleSet(tuple(people), tuple(failures), source, _people_sha256(people))
 

@@ -15,6 +15,11 @@ from lightleak.validity.verdict import BaseVerdict, Finding, Part, Range, Tier
 CONTROL_ALARM = 0.01
 
 
+def percent(share: float) -> str:
+    """A share as people write it: 5 %."""
+    return f"{100 * share:.3g} %"
+
+
 class IdentityCutoffs(Part):
     """The numbers that the rule turns on."""
 
@@ -109,19 +114,25 @@ class IdentityVerdict(BaseVerdict):
         """The finding in one sentence that needs no statistics."""
         tested = f"{self.suspects.of:,} {'person' if self.suspects.of == 1 else 'people'}"
         if self.verdict == "exposed":
+            how = "very likely" if self.tier == "randomised" else "probably"
             return (
                 f"The model knows {self.suspects.count:,} of the {tested} by name: it ties their "
                 "photos to their names and not to names that nobody taught it. Photos of theirs "
-                "were very likely in its training data, with their names."
+                f"were {how} in its training data, with their names."
             )
         if self.verdict == "no_evidence":
             return (
                 f"The model was not found to know any of the {tested} by name, by a test that "
                 "finds people who are known to be in its data. This does not show that none is."
             )
+        if self.tier != "none" and self.named.count:
+            return (
+                f"The model knows {self.named.count:,} of {self.named.of:,} names. Whether it "
+                "knows their faces or only namesakes, these data cannot say."
+            )
         return (
             f"These data cannot support an answer about the {tested}: neither that the model "
-            "knows them by name nor that it does not."
+            "knows anyone by name nor that it does not."
         )
 
 
@@ -137,10 +148,11 @@ def decide_identity(
 ) -> tuple[Finding, Tier, list[str]]:
     """Reach the verdict: what forbids an answer first, then who was found, then the power."""
     forbidding = [control.sentence for control in controls if control.fired]
+    alone = math.ceil(named.of / cutoffs.false_discovery_rate - 1e-9) - 1
     if decoys.resolvable > named.of:
         forbidding.append(
             f"With {decoys.fewest} decoys no p-value lies below {decoys.smallest_p:.2g}, which is "
-            f"too coarse to name anyone among {named.of} people: draw more decoys."
+            f"too coarse to name anyone among {named.of} people: give {alone} decoys or more."
         )
     if forbidding:
         return "inconclusive", "none", forbidding
@@ -149,14 +161,15 @@ def decide_identity(
     reasons = [
         "Names were declared to be drawn by lot, like the decoys."
         if lots
-        else "Decoys of the same script, gender and shape stand in for each name; that the model "
-        "has read them as often as the true name is an assumption, which the test on faces does "
-        "not need."
+        else "Nobody drew lots for the names. Decoys stand in for them; that the model has read "
+        "decoys as often as the true names is an assumption, which the test on faces does not need."
     ]
     reasons += decoys.warnings
     reasons.append(
-        f"{named.count} of {named.of} names fit better than decoys do, beyond chance: of those at "
-        f"most {cutoffs.false_discovery_rate:.0%} are expected to be found wrongly."
+        f"{named.count} of {named.of} names fit better than their decoys beyond chance: of those "
+        f"at most {percent(cutoffs.false_discovery_rate)} are expected to be there wrongly."
+        if named.count
+        else "No name fits better than its decoys beyond chance."
     )
     if named.count and not lots:
         reasons.append(_about_faces(len(found), named, decoys.others, cutoffs))
@@ -172,7 +185,7 @@ def decide_identity(
         return "inconclusive", tier, reasons
     power = (
         f"{known.count} of {known.of} people known to be in the data would be found, 95 % "
-        f"interval {known.ci95[0]:.0%} to {known.ci95[1]:.0%}"
+        f"interval {percent(known.ci95[0])} to {percent(known.ci95[1])}"
     )
     if known.ci95[0] >= cutoffs.detection:
         return "no_evidence", tier, [*reasons, f"{power}."]
@@ -184,14 +197,16 @@ def _about_faces(found: int, named: RateFinding, others: int, cutoffs: IdentityC
     """Whether the names that are known may be those of namesakes."""
     # All that are named could be found at once at best.
     needed = math.ceil(named.of / (cutoffs.false_discovery_rate * named.count) - 1e-9) - 1
+    alone = math.ceil(named.of / cutoffs.false_discovery_rate - 1e-9) - 1
     if others < needed:
         return (
-            f"Photos of only {others} other people were given, too few to tell whether a known "
-            f"name is tied to this face or to a namesake's: {needed} are the least. Give photos of "
-            "people known to be out with --controls."
+            f"To tell whether a known name is tied to this face or to a namesake's, photos of at "
+            f"least {needed} other people are needed, even if all that are known can be tied; "
+            f"{alone} to find any one person alone. There are {others}: give photos of people "
+            "known to be out with --controls."
         )
+    rest = "; the rest may be known from a namesake" if found < named.count else ""
     return (
-        f"{found} of these {named.count} names also fit this person's photos better than photos of "
-        f"{others} others; the rest may be known from a namesake. The correction holds for both "
-        "tests together."
+        f"{found} of these {named.count} also fit their person's photos better than photos of "
+        f"{others} others{rest}. The correction holds for both tests together."
     )

@@ -342,8 +342,9 @@ def _forbidding(
         )
     if validity.duplicates:
         found.append(
-            f"{validity.duplicates} pair(s) of records stand on both sides, alike or nearly so: "
-            "remove them from one side and run again, or use --drop-duplicates."
+            f"{validity.duplicates} pair(s) of records stand on both sides, or in the calibration "
+            "or the bank as well, alike or nearly so: remove them from one and run again, or use "
+            "--drop-duplicates."
         )
     if validity.blind_auc is None:
         found.append("The two sets are too small to check whether they differ by themselves.")

@@ -100,7 +100,7 @@ def _not_shown_no_evidence(verdict: IdentityVerdict) -> list[str]:
 def _not_shown_inconclusive() -> list[str]:
     return [
         "That the model knows any of these people, even where a number below looks striking.",
-        "That it does not. This is no acquittal, and no half of one.",
+        "That it does not. This does not clear the model.",
         "A fault of the model or of the photos. It is the comparison that cannot carry an answer; "
         "the reasons say what would have to change.",
         "Anything that may be quoted alone: no p-value on this page is a finding.",
@@ -134,16 +134,29 @@ def steps(contents: Contents) -> list[tuple[str, str, str]]:
             "",
             f"Among {thousands(decoys.fewest)} decoys no p-value lies below "
             f"{p_value(decoys.smallest_p)}. "
+            + _resolved(decoys.resolvable, tested)
             + (
-                f"So among {_people(tested)} nobody can be named alone."
-                if decoys.resolvable > tested
-                else f"That is enough to name one among {_people(tested)}."
-                if decoys.resolvable <= 1
-                else f"So among {_people(tested)} at least {thousands(decoys.resolvable)} must be "
-                "found at once before any can be."
+                ""
+                if contents.design == "randomised"
+                else f" Among the photos of {decoys.others:,} others none lies below "
+                f"{p_value(1 / (decoys.others + 1))}. " + _resolved(_least_faces(verdict), tested)
             ),
         ),
     ]
+
+
+def _resolved(least: int, tested: int) -> str:
+    if least > tested:
+        return f"So among {_people(tested)} nobody can be found."
+    if least <= 1:
+        return f"That is enough to find one among {_people(tested)}."
+    return f"So among {_people(tested)} at least {thousands(least)} must be found at once."
+
+
+def _least_faces(verdict: IdentityVerdict) -> int:
+    """How many must be found at once, as finely as the test on faces can tell."""
+    level = verdict.cutoffs.false_discovery_rate
+    return st.smallest_resolvable(verdict.suspects.of, verdict.decoys.others, level)
 
 
 def _face(contents: Contents) -> str:
@@ -173,7 +186,7 @@ def checks(contents: Contents) -> list[Check]:
 
 
 def _negative_controls(verdict: IdentityVerdict) -> list[Check]:
-    name = "Where nobody can be found, nobody is"
+    name = "The test finds no more than chance where nothing can be found"
     if not verdict.controls:
         unknown = "No negative control was run: what the test finds wrongly is not known."
         return [Check(name, "not run", unknown)]
@@ -206,8 +219,7 @@ def _enough_others(contents: Contents) -> list[Check]:
         return []
     verdict = contents.verdict
     others = verdict.decoys.others
-    level = verdict.cutoffs.false_discovery_rate
-    least = st.smallest_resolvable(verdict.suspects.of, others, level)
+    least = _least_faces(verdict)
     enough = least <= verdict.suspects.of
     told = f"Each person's photos were compared with those of {others:,} others"
     rest = (
