@@ -115,6 +115,12 @@ class IdentityVerdict(BaseVerdict):
         tested = f"{self.suspects.of:,} {'person' if self.suspects.of == 1 else 'people'}"
         if self.verdict == "exposed":
             how = "very likely" if self.tier == "randomised" else "probably"
+            if self.suspects.of == 1:
+                return (
+                    "The model knows this person by name: it ties the photos to the name and not "
+                    f"to names that nobody taught it. Photos of the person were {how} in its "
+                    "training data, with the name."
+                )
             return (
                 f"The model knows {self.suspects.count:,} of the {tested} by name: it ties their "
                 "photos to their names and not to names that nobody taught it. Photos of theirs "
@@ -126,6 +132,11 @@ class IdentityVerdict(BaseVerdict):
                 "finds people who are known to be in its data. This does not show that none is."
             )
         if self.tier != "none" and self.named.count:
+            if self.named.of == 1:
+                return (
+                    "The model knows the name. Whether it knows the face or only a namesake, these "
+                    "data cannot say."
+                )
             return (
                 f"The model knows {self.named.count:,} of {self.named.of:,} names. Whether it "
                 "knows their faces or only namesakes, these data cannot say."
@@ -168,6 +179,8 @@ def decide_identity(
     reasons.append(
         f"{named.count} of {named.of} names fit better than their decoys beyond chance: of those "
         f"at most {percent(cutoffs.false_discovery_rate)} are expected to be there wrongly."
+        if named.count and named.of > 1
+        else "The name fits better than its decoys beyond chance."
         if named.count
         else "No name fits better than its decoys beyond chance."
     )
@@ -205,6 +218,9 @@ def _about_faces(found: int, named: RateFinding, others: int, cutoffs: IdentityC
             f"{alone} to find any one person alone. There are {others}: give photos of people "
             "known to be out with --controls."
         )
+    if named.of == 1:
+        fits = "also fits" if found else "does not fit"
+        return f"It {fits} the person's photos better than photos of {others} others, beyond chance."
     rest = "; the rest may be known from a namesake" if found < named.count else ""
     return (
         f"{found} of these {named.count} also fit their person's photos better than photos of "
