@@ -220,7 +220,7 @@ def _about_faces(found: int, named: RateFinding, others: int, cutoffs: IdentityC
         )
     if named.of == 1:
         fits = "also fits" if found else "does not fit"
-        return f"It {fits} the person's photos better than photos of {others} others, beyond chance."
+        return f"It {fits} this person's photos better than those of {others} others."
     rest = "; the rest may be known from a namesake" if found < named.count else ""
     return (
         f"{found} of these {named.count} also fit their person's photos better than photos of "
