@@ -166,7 +166,8 @@ def _calibration_copies(sides: Sides) -> list[dict[str, str]]:
     for pair in find_duplicates(everyone, is_audited).across:
         first, second = (everyone[i].id for i in (pair.first, pair.second))
         audited, other = (first, second) if is_audited[pair.first] else (second, first)
-        kind = f"{pair.kind} as a record of the {other.partition('/')[0]} set"
+        where = "record of the bank" if other.startswith("bank/") else "calibration record"
+        kind = f"{pair.kind} as a {where}"
         pairs.append({"suspect": audited, "control": other, "kind": kind})
     return pairs
 
