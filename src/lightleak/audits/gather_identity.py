@@ -232,10 +232,10 @@ def gather(
     owners = np.array([-1] * n_decoys + list(range(len(asked.people))), dtype=np.int64)
     candidate = np.array(names.candidate)
     parts: dict[str, list[int]] = defaultdict(list)
-    stage = (
+    fitting = (
         f"Fitting {len(names.names):,} names to {len(fits.photos):,} photos, {len(templates)} times"
     )
-    with progress.stage(stage, len(names.names)) as advance:
+    with progress.stage(fitting, len(names.names)) as advance:
         for index, here in enumerate(_blocks(names, n_decoys, fits.block)):
             voting = candidate[here]
             ranked = "top" if here[0] < n_decoys else "own"

@@ -16,6 +16,7 @@ from lightleak.audits.manifest import recorded
 from lightleak.audits.settings import DECOYS, IdentitySettings
 from lightleak.errors import UserError
 from lightleak.runs import Progress, Run, Silent, make_folder
+from lightleak.targets import Target
 from lightleak.validity import IdentityVerdict
 
 # What may not change once the run has been looked at; the device may.
@@ -62,6 +63,7 @@ def identify(
         advance(1)
     with progress.stage("Loading the model", 1) as advance:
         model = chosen.load()
+        other = _other_model(chosen, model)
         advance(1)
     count = chosen.decoy_count or DECOYS[model.kind]
     chosen = chosen.model_copy(update={"decoy_count": count})
@@ -78,21 +80,27 @@ def identify(
         credit=credit,
     ):
         gather(run.evidence, chosen, model, asked, names, templates, progress)
-        if chosen.control_target is not None:
-            other = chosen.load(chosen.control_target)
-            if other.kind != model.kind:
-                raise UserError(
-                    f"it is a {other.kind} model and the target a {model.kind} one",
-                    f"--control-target {chosen.control_target}",
-                    "Give one of the same kind, which is asked in the same way.",
-                )
-            if other.hashes == model.hashes:
-                raise UserError(
-                    "it is the target itself",
-                    f"--control-target {chosen.control_target}",
-                    "Give a model that cannot have seen these people.",
-                )
+        if other is not None:
             folder = run.evidence / "control-target"
             make_folder(folder)
             gather(folder, chosen, other, asked, names, templates, progress)
         return judge_identity(run, progress)
+
+
+def _other_model(settings: IdentitySettings, model: Target) -> Target | None:
+    """The model that cannot know the people; a wrong one is refused before anything is spent."""
+    if settings.control_target is None:
+        return None
+    other = settings.load(settings.control_target)
+    where = f"--control-target {settings.control_target}"
+    if other.kind != model.kind:
+        raise UserError(
+            f"it is a {other.kind} model and the target a {model.kind} one",
+            where,
+            "Give one of the same kind, which is asked in the same way.",
+        )
+    if other.hashes == model.hashes:
+        raise UserError(
+            "it is the target itself", where, "Give a model that cannot have seen these people."
+        )
+    return other
