@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Verdict", "__version__", "audit", "identify", "judge", "write_report"]
+__all__ = ["Verdict", "__version__", "audit", "identify", "judge", "probe", "write_report"]
 
 if TYPE_CHECKING:
     from lightleak.audits.identity import identify
     from lightleak.audits.judge import judge
     from lightleak.audits.membership import audit
+    from lightleak.audits.probing import probe
     from lightleak.report import report as write_report
     from lightleak.validity import Verdict
 
@@ -21,6 +22,7 @@ _ROOMS = {
     "audit": ("lightleak.audits.membership", "audit"),
     "identify": ("lightleak.audits.identity", "identify"),
     "judge": ("lightleak.audits.judge", "judge"),
+    "probe": ("lightleak.audits.probing", "probe"),
     # Not `report`: that is the room itself, once it is imported.
     "write_report": ("lightleak.report", "report"),
     "Verdict": ("lightleak.validity", "Verdict"),

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from lightleak.report import report
 from report.synthetic_people import write_people_run
+from report.synthetic_probe import EXPOSED, write_probe_run
 from report.synthetic_run import exposed
 
 HOSTILE = (
@@ -90,7 +92,15 @@ def people_page(tmp_path_factory):
     )
 
 
-@pytest.fixture(params=["page", "people_page"])
+@pytest.fixture(scope="module")
+def probe_page(tmp_path_factory):
+    """The report of an exposed probe whose models have hostile and very long names."""
+    names = (HOSTILE, "x" * 10_000)
+    conditions = [replace(each, name=f"{i}{names[i % 2]}") for i, each in enumerate(EXPOSED)]
+    return report(write_probe_run(tmp_path_factory.mktemp("probe") / "run", conditions, blocks=12))
+
+
+@pytest.fixture(params=["page", "people_page", "probe_page"])
 def either(request):
     """Each kind of page."""
     return request.getfixturevalue(request.param)
@@ -143,6 +153,15 @@ def test_the_heat_map_is_shaded_and_true_names_stand_beyond_their_decoys(
     assert (blue > 60).sum() > 12 * 10
     # A marker is a small diamond, and there is one for each person that was found.
     assert ((blue > 4) & (blue < 30)).sum() > 12 * 8
+
+
+def test_a_gain_is_shaded_in_the_colour_of_the_scale(browse, probe_page, tmp_path):
+    shot = tmp_path / "all.png"
+    browse(probe_page, f"--screenshot={shot}", "--window-size=1280,9000")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    blue = np.abs(pixels - SUSPECT_BLUE).max(axis=2) < 12
+    # No line or marker is so thick: these squares lie within a cell or the end of the scale.
+    assert np.lib.stride_tricks.sliding_window_view(blue, (7, 7)).all(axis=(2, 3)).sum() > 40
 
 
 @pytest.mark.parametrize("width", [PHONE, 768, 1280])

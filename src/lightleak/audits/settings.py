@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lightleak import signals, targets
 from lightleak.errors import UserError
 from lightleak.evidence.collect import BatchSize
+from lightleak.planting import FIELDS, Position, Style
 from lightleak.targets import Target
-from lightleak.validity import Cutoffs, Design, IdentityCutoffs
+from lightleak.training import FineTuning
+from lightleak.validity import Cutoffs, Design, IdentityCutoffs, ProbingCutoffs
 
 # The signal behind the verdict where none is named.
 PRIMARY = {"generative": "loss", "dual-encoder": "cosine"}
@@ -190,3 +192,103 @@ class IdentitySettings(TargetSettings):
     templates: str | None = None
     design: Literal["randomised", "observational"] = "observational"
     cutoffs: IdentityCutoffs = IdentityCutoffs()
+
+
+class ProbingSettings(TargetSettings):
+    """All that a probe takes.
+
+    Attributes:
+        data: records to fine-tune on and to take images to probe with from; None probes a model
+            that somebody else fine-tuned.
+        seen, unseen: for such a model, records whose images carry personas that were in its
+            training, and personas that were not; the group of a record is its persona.
+        rates: shares of the training images that carry a watermark, one model for each.
+        seeds: how often the whole experiment is repeated, with other personas, places and order.
+        personas: in each of both pools.
+        images_per_persona: to probe with.
+        fields: the questions that are asked, of `planting.FIELDS`.
+        planted: fine-tune one more model in which seen personas decide the answer: a trace that
+            the probe has to find.
+        batches, sizes: how many mini-batches, of which sizes, gradients are compared over; no
+            batches leave the gradients out.
+        matrices: where gradients are read, as for GradAudit.
+        permutations: labellings that the test draws.
+        method, vision, epochs, train_batch, learning_rate, weight_decay, warmup, rank: of the
+            fine-tuning; see `training.FineTuning`.
+        position, alpha, plate: of the watermark; see `planting.Style`.
+        workers: processes at once; None takes one a core, and one with an accelerator.
+        design: of a probe of somebody else's model: `randomised` where lots decided who was seen.
+    """
+
+    data: str | None = None
+    seen: str | None = None
+    unseen: str | None = None
+    rates: tuple[float, ...] = (0.0, 0.5, 1.0)
+    seeds: int = Field(3, ge=1, le=100)
+    personas: int = Field(20, ge=5, le=1000)
+    images_per_persona: int = Field(10, ge=2)
+    fields: tuple[str, ...] = FIELDS
+    planted: bool = True
+    batches: int = Field(100, ge=0)
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    matrices: str = "auto"
+    permutations: int = Field(1000, ge=99)
+    method: Literal["lora", "full"] = "lora"
+    vision: bool = False
+    epochs: int = Field(1, ge=1)
+    train_batch: int = Field(12, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup: float = Field(0.01, ge=0, le=1)
+    rank: int = Field(16, ge=1)
+    position: Position = "random"
+    alpha: int = Field(128, ge=0, le=255)
+    plate: int = Field(0, ge=0, le=255)
+    workers: int | None = Field(None, ge=1)
+    design: Literal["randomised", "observational"] = "observational"
+    cutoffs: ProbingCutoffs = ProbingCutoffs()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProbingSettings:
+        pools = (self.seen, self.unseen)
+        if self.data is None and None in pools:
+            raise ValueError(
+                "give --data to fine-tune on, or --seen and --unseen of a model fine-tuned already"
+            )
+        if self.data is not None and pools != (None, None):
+            raise ValueError("--seen and --unseen belong to a model fine-tuned already, not --data")
+        if self.data is not None and self.adapter is not None:
+            raise ValueError("an adapter is put on by the fine-tuning itself: merge the one given")
+        if not self.rates or any(not 0 <= rate <= 1 for rate in self.rates):
+            raise ValueError("rates are shares from 0 to 1, at least one")
+        for name in self.fields:
+            if name not in FIELDS:
+                raise ValueError(f"there is no field {name!r}; there are {', '.join(FIELDS)}")
+        if not self.fields:
+            raise ValueError("at least one field is asked for")
+        if self.batches and (len(set(self.sizes)) < 2 or min(self.sizes) < 1):
+            raise ValueError("sizes of batches: at least two different ones, from 1")
+        object.__setattr__(self, "rates", tuple(sorted(set(self.rates))))
+        object.__setattr__(self, "sizes", tuple(sorted(set(self.sizes))))
+        # In one order, so that the same questions make the same run.
+        object.__setattr__(self, "fields", tuple(f for f in FIELDS if f in self.fields))
+        return self
+
+    @property
+    def style(self) -> Style:
+        """How the watermarks look."""
+        return Style(alpha=self.alpha, position=self.position, plate=self.plate)
+
+    @property
+    def fine_tuning(self) -> FineTuning:
+        """How the models are fine-tuned."""
+        return FineTuning(
+            method=self.method,
+            vision=self.vision,
+            epochs=self.epochs,
+            batch_size=self.train_batch,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            rank=self.rank,
+        )

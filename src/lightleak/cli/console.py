@@ -26,7 +26,7 @@ from rich.text import Text
 from lightleak.runs.progress import Advance
 
 if TYPE_CHECKING:
-    from lightleak.validity import IdentityVerdict, Verdict
+    from lightleak.validity import IdentityVerdict, ProbingVerdict, Verdict
     from lightleak.validity.verdict import BaseVerdict
 
 output = Console()
@@ -104,6 +104,34 @@ def show_people(verdict: IdentityVerdict, report: Path) -> None:
     )
     for control in verdict.controls:
         output.print(control.sentence, markup=False, highlight=False)
+    _report(report)
+
+
+def show_probe(verdict: ProbingVerdict, report: Path) -> None:
+    """Print the verdict of a probe, its conditions and where the report is."""
+    _panel(verdict)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("condition", "surest at", "seen or unseen", "gain, 95 % interval", "p"):
+        table.add_column(column)
+    for each in verdict.conditions:
+        best = each.best
+        low, high = best.delta_ci95
+        table.add_row(
+            each.name,
+            f"{best.tower} {best.layer}, {best.field}",
+            f"{100 * best.accuracy:.1f} %",
+            f"{100 * best.delta:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+            f"{each.p_value if each.p_value_holm is None else each.p_value_holm:.2g}",
+        )
+    output.print(table, highlight=False)
+    for task in verdict.utility:
+        low, high = task.ci95
+        output.print(
+            f"Task, {task.condition}: {100 * task.accuracy:.1f} % right "
+            f"[{100 * low:.1f}, {100 * high:.1f}]",
+            markup=False,
+            highlight=False,
+        )
     _report(report)
 
 

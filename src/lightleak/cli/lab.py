@@ -21,7 +21,7 @@ def _lab() -> None:
 @app.command("build")
 def build(
     recipe: Annotated[
-        str, typer.Argument(help="captions-tiny, captions-lora, pairs-clip or faces.")
+        str, typer.Argument(help="captions-tiny, captions-lora, pairs-clip, faces or vqa.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for target, records and truth.")],
     seed: Annotated[int, typer.Option(help="Of scenes, names, membership and training.")] = 0,

@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 
 from lightleak import __version__
-from lightleak.cli import audit, demo, doctor, identify, lab, report, signals
+from lightleak.cli import audit, demo, doctor, identify, lab, probe, report, signals, watermark
 from lightleak.cli.console import errors
 from lightleak.errors import UserError
 
@@ -30,6 +30,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
 app.command("identify")(identify.identify)
+app.command("probe")(probe.probe)
+app.command("watermark")(watermark.watermark)
 app.command("report")(report.report)
 app.command("signals")(signals.signals)
 app.command("doctor")(doctor.doctor)

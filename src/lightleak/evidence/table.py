@@ -59,17 +59,17 @@ def token_statistics(table: pa.Table) -> TokenStatistics:
 
 def pair_embeddings(table: pa.Table) -> PairEmbeddings:
     """The embeddings of an evidence table."""
-    return PairEmbeddings(_matrix(table, "image_embedding"), _matrix(table, "text_embedding"))
+    return PairEmbeddings(matrix(table, "image_embedding"), matrix(table, "text_embedding"))
 
 
 def augmented_cosines(table: pa.Table) -> AugmentedCosines:
     """The cosines of an evidence table, plain and under augmentations."""
-    return AugmentedCosines(pair_embeddings(table).cosine, _matrix(table, "augmented_cosines"))
+    return AugmentedCosines(pair_embeddings(table).cosine, matrix(table, "augmented_cosines"))
 
 
 def dropout_cosines(table: pa.Table) -> DropoutCosines:
     """The cosines of an evidence table under attention dropout."""
-    return DropoutCosines(_matrix(table, "dropout_cosines"))
+    return DropoutCosines(matrix(table, "dropout_cosines"))
 
 
 def contrast_loss(table: pa.Table) -> ContrastLoss:
@@ -79,7 +79,7 @@ def contrast_loss(table: pa.Table) -> ContrastLoss:
 
 def gradient_norms(table: pa.Table, matrices: Sequence[str]) -> GradientNorms:
     """The gradient norms of an evidence table."""
-    return GradientNorms(tuple(matrices), _matrix(table, "matrix_norms"))
+    return GradientNorms(tuple(matrices), matrix(table, "matrix_norms"))
 
 
 def gradient_slices(
@@ -96,13 +96,13 @@ def gradient_slices(
     def blocks() -> Iterator[SliceBlock]:
         first = 0
         for table in tables():
-            norms2 = _matrix(table, "slice_norms2")
+            norms2 = matrix(table, "slice_norms2")
             n, s = norms2.shape
             yield SliceBlock(
                 np.arange(first, first + n),
                 norms2,
-                _matrix(table, "slice_dots").reshape(n, -1, s),
-                _matrix(table, "in_reference").astype(bool),
+                matrix(table, "slice_dots").reshape(n, -1, s),
+                matrix(table, "in_reference").astype(bool),
             )
             first += n
 
@@ -118,7 +118,7 @@ def _ragged(table: pa.Table, column: str) -> Ragged:
     return Ragged(values[offsets[0] : offsets[-1]], (offsets - offsets[0]).astype(np.int64))
 
 
-def _matrix(table: pa.Table, column: str) -> np.ndarray:
+def matrix(table: pa.Table, column: str) -> np.ndarray:
     """A list column whose lists are equally long, as (n, length)."""
     ragged = _ragged(table, column)
     return ragged.values.reshape(table.num_rows, -1)

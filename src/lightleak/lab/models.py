@@ -67,36 +67,62 @@ def train_tokenizer(
 
 def tiny_llava(folder: Path, texts: Iterable[str], *, seed: int = 0) -> None:
     """Write a LLaVA of 1.4 million random parameters that reads 32 px images as 16 tokens."""
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=_PATCH,
+    )
+    _llava(folder, texts, vision, text_layers=4, feature_layer=-2, seed=seed)
+
+
+def reading_llava(folder: Path, texts: Iterable[str], *, seed: int = 0) -> None:
+    """Write a LLaVA of 1.5 million random parameters that reads 224 px images as 49 tokens."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=224,
+        patch_size=32,
+    )
+    _llava(folder, texts, vision, text_layers=3, feature_layer=-1, seed=seed)
+
+
+def _llava(
+    folder: Path,
+    texts: Iterable[str],
+    vision: CLIPVisionConfig,
+    *,
+    text_layers: int,
+    feature_layer: int,
+    seed: int,
+) -> None:
     tokenizer = train_tokenizer(texts)
     processor = LlavaProcessor(
-        image_processor=clip_image_processor(IMAGE_SIDE),
+        image_processor=clip_image_processor(vision.image_size),
         tokenizer=tokenizer,
-        patch_size=_PATCH,
+        patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE.replace("{{ image_token }}", "<image>"),
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=IMAGE_SIDE,
-            patch_size=_PATCH,
-        ),
+        vision_config=vision,
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=352,
-            num_hidden_layers=4,
+            num_hidden_layers=text_layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
             **special_ids(tokenizer),
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
+        vision_feature_layer=feature_layer,
     )
     save(folder, lambda: LlavaForConditionalGeneration(config), processor, seed)
 

@@ -17,12 +17,13 @@ import torch
 
 from lightleak import targets
 from lightleak.errors import UserError
-from lightleak.lab import corpora, faces
+from lightleak.lab import corpora, faces, vqa
 from lightleak.lab.corpora import Scene
 from lightleak.lab.dual import tiny_clip
 from lightleak.lab.faces import Exposure
-from lightleak.lab.models import IMAGE_SIDE, tiny_llava
+from lightleak.lab.models import IMAGE_SIDE, reading_llava, tiny_llava
 from lightleak.lab.train import Training, train
+from lightleak.planting import FIELDS, draw_personas
 from lightleak.records import Record, load
 from lightleak.runs import Progress, Silent, cache_folder, write_json
 from lightleak.validity.decoys import draw_names
@@ -32,6 +33,7 @@ _VERSION = 1
 _PUBLIC_PER_MEMBER = 2
 _LORA_RANK = 16
 _TOKENIZER_NAMES = 3000
+_TOKENIZER_PERSONAS = 400
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,10 @@ def build(
     Args:
         recipe: `captions-tiny`, a LLaVA trained from nothing on the members; `captions-lora`, one
             trained on other, public scenes and then tuned on the members by LoRA; `pairs-clip`, a
-            CLIP trained from nothing on the members; or `faces`, a CLIP trained on faces of the
-            members with invented names, among scenes.
+            CLIP trained from nothing on the members; `faces`, a CLIP trained on faces of the
+            members with invented names, among scenes; or `vqa`, a LLaVA trained from nothing on
+            the members, questions about shapes at a resolution where text can be read, whose
+            non-members serve to fine-tune and probe it.
         out: folder to write; taken as it is if the same recipe wrote it.
         seed: of scenes, membership, weights and order.
         members, nonmembers: how many records of each, of `faces` people; None takes the recipe's
@@ -118,8 +122,8 @@ def build(
         raise UserError("a lab target needs at least one member and one non-member")
     if request.epochs < 1:
         raise UserError("training needs at least one epoch", f"--epochs {epochs}")
-    if recipe == "faces" and caption_shift:
-        raise UserError("the photos of faces have no captions to shift", "--caption-shift")
+    if recipe in ("faces", "vqa") and caption_shift:
+        raise UserError(f"the recipe {recipe} has no captions to shift", "--caption-shift")
     folder = Path(out)
     described = folder / "truth.json"
     if described.is_file():
@@ -291,6 +295,49 @@ def _faces(request: _Request, folder: Path, progress: Progress) -> None:
     _teach(folder / "target", [*pairs, *filler], training, request.seed, progress)
 
 
+def _vqa(request: _Request, folder: Path, progress: Progress) -> None:
+    asked = vqa.questions(request.members + request.nonmembers, seed=request.seed)
+    # The order is a draw already, so the first of them are members by lot.
+    sides = {"members": asked[: request.members], "nonmembers": asked[request.members :]}
+    (folder / "img").mkdir()
+    for name, side in sides.items():
+        rows = [_write_question(folder, each) for each in side]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    write_json(
+        folder / "truth.json",
+        {
+            "settings": _settings(request),
+            "member": {
+                _question_id(each): name == "members" for name in sides for each in sides[name]
+            },
+            "attribution": vqa.ATTRIBUTION,
+        },
+    )
+    # The words of personas too, of strangers: a model that cannot spell them could not tell them.
+    personas = draw_personas(_TOKENIZER_PERSONAS, seed=request.seed + 2**20)
+    texts = [text for each in asked for text in (each.question, each.answer)]
+    texts += [persona.value(field) for persona in personas for field in FIELDS]
+    reading_llava(folder / "target", texts, seed=request.seed)
+    training = Training(request.epochs, 2e-3)
+    _teach(folder / "target", _read(folder / "members.jsonl"), training, request.seed, progress)
+
+
+def _write_question(folder: Path, asked: vqa.Question) -> str:
+    key = _question_id(asked)
+    asked.image().save(folder / "img" / f"{key}.png")
+    row = {
+        "id": key,
+        "image": f"img/{key}.png",
+        "prompt": asked.question,
+        "text": asked.answer,
+    }
+    return json.dumps(row) + "\n"
+
+
+def _question_id(asked: vqa.Question) -> str:
+    return f"shape-{asked.picture:05d}"
+
+
 def _teach(
     folder: Path, records: Sequence[Record], training: Training, seed: int, progress: Progress
 ) -> None:
@@ -339,4 +386,5 @@ _RECIPES = {
     "captions-lora": _Recipe(_captions_lora, epochs=12),
     "pairs-clip": _Recipe(_pairs_clip, epochs=36),
     "faces": _Recipe(_faces, epochs=25, members=20, nonmembers=20),
+    "vqa": _Recipe(_vqa, epochs=8, members=2400, nonmembers=1600),
 }

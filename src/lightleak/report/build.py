@@ -8,10 +8,10 @@ from typing import Any
 import jinja2
 
 from lightleak.errors import UserError
-from lightleak.report import contents, identity, membership, words
+from lightleak.report import contents, identity, membership, probing, words
 from lightleak.runs import Run, replacing
 
-_KINDS = {"membership": membership.fill, "identity": identity.fill}
+_KINDS = {"membership": membership.fill, "identity": identity.fill, "probing": probing.fill}
 
 
 def report(run: str | Path | Run, *, show_images: bool = False) -> Path:

@@ -113,6 +113,36 @@ class Run:
         return self.folder / "curve.parquet"
 
     @property
+    def probes_file(self) -> Path:
+        """Of a probe: accuracy of seen against unseen by condition, layer and question."""
+        return self.folder / "probes.parquet"
+
+    @property
+    def dynamics_file(self) -> Path:
+        """Of a probe: how far contents turn the gradient of a batch, by its size."""
+        return self.folder / "dynamics.parquet"
+
+    @property
+    def output_view_file(self) -> Path:
+        """Of a probe: what the answers show."""
+        return self.folder / "output_view.parquet"
+
+    @property
+    def utility_file(self) -> Path:
+        """Of a probe: how well the task is done before and after."""
+        return self.folder / "utility.parquet"
+
+    @property
+    def projections_file(self) -> Path:
+        """Of a probe: states of one layer in the plane."""
+        return self.folder / "projections.parquet"
+
+    @property
+    def watermarked(self) -> Path:
+        """Of a probe: the records with watermarks, and what was trained on them."""
+        return self.folder / "watermarked"
+
+    @property
     def report_file(self) -> Path:
         """The finding as a page."""
         return self.folder / "report.html"
@@ -123,7 +153,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """Membership or identity."""
+        """Membership, identity or probing."""
         return str(self.manifest().get("kind", "membership"))
 
 
@@ -137,6 +167,12 @@ _FILES = {
     "predictions.parquet",
     "decoys.parquet",
     "curve.parquet",
+    "probes.parquet",
+    "dynamics.parquet",
+    "output_view.parquet",
+    "utility.parquet",
+    "projections.parquet",
+    "watermarked",
     "verdict.json",
     "report.html",
 }

@@ -7,10 +7,25 @@ from lightleak.statistics.conformal import (
     conformal_p_values_within_folds,
     smallest_resolvable,
 )
+from lightleak.statistics.dynamics import (
+    BatchDynamics,
+    Estimates,
+    batch_dynamics,
+    mean_over_batches,
+)
 from lightleak.statistics.intervals import Estimate, clopper_pearson
 from lightleak.statistics.multiplicity import holm
 from lightleak.statistics.permutation import combine_splits, mann_whitney, permutation_test
 from lightleak.statistics.power import minimum_detectable_auc, minimum_set_size
+from lightleak.statistics.probing import (
+    Probed,
+    ProbedCell,
+    ProbingTest,
+    draw_flips,
+    probe,
+    probing_test,
+    published_probe,
+)
 from lightleak.statistics.residual import ResidualTest, residual_test
 from lightleak.statistics.roc import (
     RocCurve,
@@ -27,8 +42,13 @@ from lightleak.statistics.roc import (
 )
 
 __all__ = [
+    "BatchDynamics",
     "Discoveries",
     "Estimate",
+    "Estimates",
+    "Probed",
+    "ProbedCell",
+    "ProbingTest",
     "ResidualTest",
     "RocCurve",
     "RocPoint",
@@ -37,17 +57,23 @@ __all__ = [
     "auc_across_folds",
     "auc_bootstrap",
     "auc_delong",
+    "batch_dynamics",
     "benjamini_hochberg",
     "clopper_pearson",
     "combine_splits",
     "conformal_p_values",
     "conformal_p_values_within_folds",
+    "draw_flips",
     "fpr_upper_bound",
     "holm",
     "mann_whitney",
+    "mean_over_batches",
     "minimum_detectable_auc",
     "minimum_set_size",
     "permutation_test",
+    "probe",
+    "probing_test",
+    "published_probe",
     "residual_test",
     "roc_curve",
     "smallest_resolvable",

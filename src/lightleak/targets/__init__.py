@@ -2,7 +2,7 @@
 
 from lightleak.targets.dual_encoder import Bank, DualEncoderTarget, Pairs
 from lightleak.targets.generative import Answers, GenerativeTarget
-from lightleak.targets.loading import load, quiet
+from lightleak.targets.loading import load, quiet, untrained
 from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Target",
     "load",
     "quiet",
+    "untrained",
 ]

@@ -26,11 +26,14 @@ class Parts:
         vision_blocks: the vision encoder's layers.
         projector: the modules between vision encoder and language model, or those that bring the
             two towers of a dual encoder into one space.
+        vision_tower: the module that holds the vision encoder's layers and all below them; ""
+            where none is found.
     """
 
     text_blocks: tuple[str, ...]
     vision_blocks: tuple[str, ...]
     projector: tuple[str, ...]
+    vision_tower: str = ""
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -50,7 +53,7 @@ def find_parts(model: nn.Module) -> Parts:
         nested = any(name.startswith(f"{other}.") for other in (*inside, *projector))
         if _PROJECTOR.search(name) and not nested:
             projector.append(name)
-    return Parts(text_blocks, vision_blocks, tuple(projector))
+    return Parts(text_blocks, vision_blocks, tuple(projector), vision)
 
 
 def _tower(names: dict[str, nn.Module], wanted: tuple[str, ...], *, without: str = "") -> str:

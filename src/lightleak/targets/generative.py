@@ -17,6 +17,7 @@ from lightleak.targets.families import takes_suffix
 from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
 # What processors return that the model is not fed.
+_LONGEST_EDGE = 8192
 _NEVER_FED = ("labels", "offset_mapping", "special_tokens_mask")
 
 
@@ -60,6 +61,14 @@ class GenerativeTarget(Target):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._accepts = set(inspect.signature(self.plain.forward).parameters)
+
+    @property
+    def resolution(self) -> int | None:
+        """Pixels to which images' shorter side is brought; None where they keep their own size."""
+        size = getattr(self.processor.image_processor, "size", None) or {}
+        found = [size[key] for key in ("shortest_edge", "height", "longest_edge") if key in size]
+        # Above it the two edges are numbers of pixels in all, and images keep their shape.
+        return int(found[0]) if found and found[0] <= _LONGEST_EDGE else None
 
     # -- records in ---------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def load(
         hashes=_hashes(folder, adapter_folder),
         name=str(target),
     )
+
+
+def untrained(target: Target, seed: int) -> Target:
+    """The same architecture with weights drawn at random: what is read without any training."""
+    plain = target.plain
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(seed)
+        model = type(plain)(plain.config).to(target.device, target.dtype)
+    model.eval().requires_grad_(False)
+    return replace(target, model=model, name=f"{target.name} with random weights")
 
 
 def _resolve(name: str | Path) -> Path:

@@ -231,7 +231,8 @@ def json_schema(name: str = "verdict") -> dict[str, Any]:
     """The JSON Schema of verdict.json, as shipped with the package.
 
     Args:
-        name: `verdict` for a membership audit, `identity` for an identity audit.
+        name: `verdict` for a membership audit, `identity` for an identity audit, `probing` for a
+            probe.
     """
     text = resources.files("lightleak.validity").joinpath(f"{name}.schema.json").read_text("utf-8")
     schema: dict[str, Any] = json.loads(text)
