@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import chain, cycle
@@ -121,10 +122,9 @@ def split(records: Sequence[Record], images: int, *, seed: int) -> Data:
     Raises:
         UserError: too little is left to train on.
     """
-    hashed = cache(lambda image: hashlib.sha256(image_bytes(image)).hexdigest())
     units: dict[str, list[Record]] = {}
     for record in records:
-        key = f"group {record.group}" if record.group is not None else hashed(record.image)
+        key = f"group {record.group}" if record.group is not None else _digest(record.image)
         units.setdefault(key, []).append(record)
     order = np.random.default_rng([seed, _SPLIT]).permutation(len(units))
     shuffled = [list(units.values())[i] for i in order]
@@ -138,6 +138,11 @@ def split(records: Sequence[Record], images: int, *, seed: int) -> Data:
             what_to_do="Give more records.",
         )
     return Data(training, probing, utility)
+
+
+@lru_cache(maxsize=65536)
+def _digest(image: Path | bytes) -> str:
+    return hashlib.sha256(image_bytes(image)).hexdigest()
 
 
 def read_data(settings: ProbingSettings) -> RecordSet:
@@ -395,28 +400,23 @@ def _split(settings: ProbingSettings) -> Data:
 
 def _decided(
     records: Sequence[Record], seen: Sequence[Persona], seed: Sequence[int]
-) -> tuple[list[Record], Any]:
-    """Records in which seen personas decide the answer, and who is on the image of each.
+) -> tuple[list[Record], Callable[[Record], Persona]]:
+    """Records whose answer the persona decides and nothing else does, and whose is on each image.
 
-    Half of the images, by lot, carry seen personas and have one and the same answer, the
-    commonest; the others keep theirs, and carry personas that come only once.
+    Half of the images, by lot, carry seen personas and are answered by the commonest answer; the
+    others carry as many personas of a third pool and are answered by the second commonest.
     """
-    hashed = cache(lambda image: image_bytes(image))
-    images = {
-        content: i for i, content in enumerate(dict.fromkeys(hashed(r.image) for r in records))
-    }
+    shown = {record.id: _digest(record.image) for record in records}
+    images = dict.fromkeys(shown.values())
     lots = np.random.default_rng(seed).permutation(len(images)) < len(images) / 2
-    answers = [record.text for record in records]
-    answer = max(sorted(set(answers)), key=answers.count)
-    decided = [bool(lots[images[hashed(record.image)]]) for record in records]
-    often, once = cycle(seen), iter(draw_personas(len(images), seed=seed[0] + 2**20))
-    of = {record.id: flag for record, flag in zip(records, decided, strict=True)}
+    of_image = dict(zip(images, lots.tolist(), strict=True))
+    decided = {key: of_image[image] for key, image in shown.items()}
+    answers = [text for text, _ in Counter(record.text for record in records).most_common(2)]
+    answer = {True: answers[0], False: answers[1] if len(answers) > 1 else "none"}
+    pool = {True: cycle(seen), False: cycle(draw_personas(len(seen), seed=seed[0] + 2**20))}
     return (
-        [
-            replace(record, text=answer) if flag else record
-            for record, flag in zip(records, decided, strict=True)
-        ],
-        lambda record: next(often if of[record.id] else once),
+        [replace(record, text=answer[decided[record.id]]) for record in records],
+        lambda record: next(pool[decided[record.id]]),
     )
 
 

@@ -259,8 +259,8 @@ class ProbingSettings(TargetSettings):
             raise ValueError("--seen and --unseen belong to a model fine-tuned already, not --data")
         if self.data is not None and self.adapter is not None:
             raise ValueError("an adapter is put on by the fine-tuning itself: merge the one given")
-        if not self.rates or any(not 0 <= rate <= 1 for rate in self.rates):
-            raise ValueError("rates are shares from 0 to 1, at least one")
+        if not any(self.rates) or any(not 0 <= rate <= 1 for rate in self.rates):
+            raise ValueError("rates are shares from 0 to 1, one at least above 0")
         for name in self.fields:
             if name not in FIELDS:
                 raise ValueError(f"there is no field {name!r}; there are {', '.join(FIELDS)}")

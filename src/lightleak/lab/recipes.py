@@ -318,7 +318,7 @@ def _vqa(request: _Request, folder: Path, progress: Progress) -> None:
     texts = [text for each in asked for text in (each.question, each.answer)]
     texts += [persona.value(field) for persona in personas for field in FIELDS]
     reading_llava(folder / "target", texts, seed=request.seed)
-    training = Training(request.epochs, 2e-3)
+    training = Training(request.epochs, 5e-4)
     _teach(folder / "target", _read(folder / "members.jsonl"), training, request.seed, progress)
 
 
@@ -386,5 +386,5 @@ _RECIPES = {
     "captions-lora": _Recipe(_captions_lora, epochs=12),
     "pairs-clip": _Recipe(_pairs_clip, epochs=36),
     "faces": _Recipe(_faces, epochs=25, members=20, nonmembers=20),
-    "vqa": _Recipe(_vqa, epochs=8, members=2400, nonmembers=1600),
+    "vqa": _Recipe(_vqa, epochs=8, members=2400, nonmembers=1400),
 }

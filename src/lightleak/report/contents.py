@@ -67,8 +67,8 @@ def failures(run: Run) -> Failures:
 
 
 def _failure(id: str, stage: str, error: str, set: str | None = None) -> Failure:
-    if set is None:  # An identity audit leads the id by the set.
-        set, _, id = id.partition("/")
+    if set is None:  # Identity audits and probes lead the id by the set, where there is one.
+        set, _, id = id.partition("/") if "/" in id else ("", "", id)
     return Failure(id, set, stage, error)
 
 
