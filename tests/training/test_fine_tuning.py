@@ -106,9 +106,7 @@ def test_a_broken_training_goes_on_to_the_same_weights(base, records, tmp_path):
         )
     assert not (tmp_path / "broken").exists()
     seen = []
-    fine_tune(
-        loaded(base), records, RECIPE, tmp_path / "broken", seed=0, progress=seen.append
-    )
+    fine_tune(loaded(base), records, RECIPE, tmp_path / "broken", seed=0, progress=seen.append)
     assert len(seen) == 6, "the first epoch was trained once more"
     whole, resumed = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken")

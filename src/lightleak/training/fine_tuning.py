@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from lightleak.errors import UserError
@@ -114,6 +114,7 @@ def fine_tune(
         data_collator=_Collate(tuned),
         callbacks=[_Count(progress, recipe.batch_size)],
     )
+    trainer.remove_callback(PrinterCallback)
     with quiet():
         result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
     if not torch.isfinite(torch.tensor(result.training_loss)):
