@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import chain, cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from lightleak.audits.settings import ProbingSettings
 from lightleak.errors import UserError
 from lightleak.evidence.augment import augment_image, augment_text
 from lightleak.evidence.collect import measure
-from lightleak.evidence.dynamics import ORIGINAL, compare, draw_batches
+from lightleak.evidence.dynamics import ORIGINAL, Draw, compare, draw_batches
 from lightleak.evidence.gradients import GradientEngine, select
 from lightleak.evidence.hidden import layers, read_hidden
 from lightleak.evidence.selfcheck import self_check
@@ -46,6 +47,8 @@ from lightleak.training import fine_tune
 from lightleak.validity.pixels import Marked, legibility, project
 from lightleak.validity.probing import Kind
 
+Item = TypeVar("Item")
+
 # So many records are read before their states are written.
 _PART = 512
 _DRAWS_A_PART = 10
@@ -53,6 +56,7 @@ _DRAWS_A_PART = 10
 _MOST_ASIDE = 0.25
 _MOST_UTILITY = 400
 # A seed of the data's own: what is trained on is the same in every repeat.
+_ANY_FIELD = "question"
 _SPLIT, _PLANTED, _FOILS, _AUGMENTED = 11, 12, 13, 14
 
 
@@ -84,7 +88,8 @@ TARGET = Condition("target", "tuned")
 def conditions(settings: ProbingSettings) -> list[Condition]:
     """All models of one repeat, the base first."""
     if settings.data is None:
-        return [*([BASE] if settings.base else []), TARGET, RANDOM, PIXELS]
+        base = [BASE] if settings.base or settings.adapter else []
+        return [*base, TARGET, RANDOM, PIXELS]
     tuned = [
         # Without a watermark nothing can be found, so this one is a control.
         Condition(f"rate {rate:g}", "tuned" if rate else "control", rate)
@@ -173,6 +178,7 @@ class Question:
         code: 2i for the seen persona of pair i, 2i + 1 for the unseen.
         field: what is asked for.
         base: the image as it was before.
+        first: whether it is the first question that shows its image.
         box: the watermark's, or None where nobody says.
     """
 
@@ -180,6 +186,7 @@ class Question:
     code: int
     field: str
     base: str
+    first: bool
     box: tuple[int, int, int, int] | None
 
     @property
@@ -209,22 +216,33 @@ def read_questions(
         pools[pool] = [replace(one, id=f"{pool}/{one.id}") for one in loaded.records]
     paired = _pairs(pools, [seed, settings.seed])
     found = []
+    shown: set[tuple[str, Path | bytes]] = set()
     for pool, records in pools.items():
         for record in records:
-            field = str(record.meta.get("field", record.prompt))
+            field = str(record.meta.get("field", _ANY_FIELD))
             known = field not in FIELDS or field in settings.fields
-            if record.group in paired and known:
-                box = record.meta.get("box")
-                found.append(
-                    Question(
-                        record,
-                        2 * paired[record.group] + (pool == "unseen"),
-                        field,
-                        str(record.meta.get("base", record.id)),
-                        tuple(box) if isinstance(box, list) and len(box) == 4 else None,
-                    )
+            if record.group not in paired or not known:
+                continue
+            first = (pool, record.image) not in shown
+            shown.add((pool, record.image))
+            found.append(
+                Question(
+                    record,
+                    2 * paired[record.group] + (pool == "unseen"),
+                    field,
+                    str(record.meta.get("base", record.id)),
+                    first,
+                    _box(record.meta.get("box")),
                 )
+            )
     return found, failures
+
+
+def _box(given: object) -> tuple[int, int, int, int] | None:
+    if isinstance(given, list) and len(given) == 4 and all(type(edge) is int for edge in given):
+        left, top, right, bottom = given
+        return (left, top, right, bottom)
+    return None
 
 
 def _load_pool(folder: str | Path, settings: ProbingSettings) -> RecordSet:
@@ -329,7 +347,11 @@ def gather(run: Run, settings: ProbingSettings, target: Target, progress: Progre
             each([job for job in jobs if job.condition == BASE], mark, settings.workers, advance)
     for job in jobs:
         if job.condition == PIXELS:
-            write_table(run.evidence / f"questions-{job.seed}.parquet", _questions_table(job))
+            asked, failures = _asked(job)
+            write_table(run.evidence / f"questions-{job.seed}.parquet", _questions_table(asked))
+            given = read_data(settings).failures if settings.data is not None else ()
+            everything = (*given, *_unmarked(job), *failures)
+            write_table(run.evidence / f"failed-{job.seed}.parquet", failures_table(everything))
     with progress.stage("Fine-tuning and reading models", len(jobs)) as advance:
         each(jobs, perform, settings.workers, advance)
     write_json(run.evidence / "probing.json", _about(settings, target, jobs))
@@ -347,7 +369,6 @@ def _about(settings: ProbingSettings, target: GenerativeTarget, jobs: Sequence[J
         ],
         "resolution": target.resolution,
         "personas": settings.personas if experiment else None,
-        "example": str(_file(_asked(jobs[0])[0][0])),
         "dynamics": {"matrices": settings.matrices, "batches": settings.batches}
         if experiment and settings.batches
         else None,
@@ -429,38 +450,43 @@ def _asked(job: Job) -> tuple[list[Question], list[Failure]]:
     return read_questions(_pools(job.settings) if own else folders, job.settings, job.seed)
 
 
-def _questions_table(job: Job) -> pa.Table:
+def _unmarked(job: Job) -> list[Failure]:
+    """Records that could not be marked, as marking wrote them down."""
+    files = sorted(job.marked.glob("*/failures.jsonl")) + sorted(
+        job.marked.glob("probing/*/failures.jsonl")
+    )
+    return [
+        Failure(**json.loads(line)) for file in files for line in file.read_bytes().splitlines()
+    ]
+
+
+def _questions_table(asked: Sequence[Question]) -> pa.Table:
     """What the cheap half has to know of the questions."""
-    asked, _ = _asked(job)
     return pa.table(
         {
             "id": [one.record.id for one in asked],
             "code": [one.code for one in asked],
             "field": [one.field for one in asked],
             "persona": [str(one.record.group) for one in asked],
+            "first": [one.first for one in asked],
         }
     )
 
 
 def perform(job: Job) -> None:
     """Everything that is known of one condition: states, answers, utility, gradients."""
-    questions, failures = _asked(job)
+    questions, _ = _asked(job)
     if job.condition == PIXELS:
-        failures += _read_pixels(job, questions)
-    else:
-        target = _LazyTarget(job)
-        failures += _read_states(job, target, questions)
-        if job.condition != RANDOM:
-            failures += _read_foils(job, target, questions)
-            if job.settings.data is not None:
-                failures += _read_utility(job, target)
-        if job.condition == BASE and job.settings.batches and job.settings.data is not None:
-            failures += _read_dynamics(job, target)
-    if not (job.run.evidence / f"{job.stage('failed')}.parquet").is_file():
-        write_table(
-            job.run.evidence / f"{job.stage('failed')}.parquet",
-            failures_table(tuple(dict.fromkeys(failures))),
-        )
+        _read_pixels(job, questions)
+        return
+    target = _LazyTarget(job)
+    _read_states(job, target, questions)
+    if job.condition != RANDOM:
+        _read_foils(job, target, questions)
+        if job.settings.data is not None:
+            _read_utility(job, target)
+    if job.condition == BASE and job.settings.batches and job.settings.data is not None:
+        _read_dynamics(job, target)
 
 
 class _LazyTarget:
@@ -476,10 +502,9 @@ class _LazyTarget:
         if condition == TARGET:
             return _generative(settings.load())
         if condition == BASE:
-            return _generative(settings.load(None if settings.data is not None else settings.base))
+            return _generative(settings.load(settings.base or settings.target))
         if condition == RANDOM:
-            plain = settings.base if settings.data is None and settings.base else None
-            return _generative(untrained(settings.load(plain), _seed(job)))
+            return _generative(untrained(settings.load(), _seed(job)))
         folder = job.run.evidence / "models" / f"seed-{job.seed}" / condition.stage
         records = load(job.marked / condition.stage / "records.jsonl").records
         fine_tune(
@@ -501,42 +526,65 @@ def _generative(target: Target) -> GenerativeTarget:
     return target
 
 
-def _parts(records: Sequence[Any], size: int = _PART) -> Iterator[tuple[int, Sequence[Any]]]:
-    for index, start in enumerate(range(0, len(records), size)):
-        yield index, records[start : start + size]
+def _in_parts(
+    job: Job,
+    what: str,
+    items: Sequence[Item],
+    make: Callable[[Sequence[Item]], tuple[Mapping[str, pa.Table], Sequence[Failure]]],
+    size: int = _PART,
+) -> None:
+    """Make the tables of some items a part at a time; a part that is there is left as it is.
 
-
-def _read_states(job: Job, target: _LazyTarget, questions: Sequence[Question]) -> list[Failure]:
-    """States at every layer; those of the image once, under the first question."""
-    failures: list[Failure] = []
-    for index, part in _parts(questions):
-        if job.store.has(job.stage("states"), index):
+    `make` gives tables by stage, the one called `what` among them. It is written last, after the
+    failures, so that a part that is there is whole.
+    """
+    for index, start in enumerate(range(0, len(items), size)):
+        if job.store.has(job.stage(what), index):
             continue
+        tables, failures = make(items[start : start + size])
+        job.store.put(job.stage(f"failed-{what}"), index, failures_table(failures))
+        for stage in sorted(tables, key=lambda each: each == what):
+            job.store.put(job.stage(stage), index, tables[stage])
+
+
+def _read_states(job: Job, target: _LazyTarget, questions: Sequence[Question]) -> None:
+    """States at every layer; those of the image once, under its first question."""
+
+    def make(part: Sequence[Question]) -> tuple[dict[str, pa.Table], Sequence[Failure]]:
         model = target.model()
         found = read_hidden(model, [one.record for one in part], size=job.settings.size)
-        failures += found.failures
         table = found.table()
-        once = {one.record.id for one in part if one.field == questions[0].field}
+        once = {one.record.id for one in part if one.first}
         image = [one.column for one in layers(model) if one.tower != "language"]
-        own = table.filter(pa.array([key in once for key in found.ids]))
-        job.store.put(job.stage("image"), index, own.select(["id", *image]))
-        job.store.put(job.stage("states"), index, table.drop_columns(image))
-    return failures
+        own = table.filter(pa.array([key in once for key in found.ids], pa.bool_()))
+        return {
+            "image": own.select(["id", *image]),
+            "states": table.drop_columns(image),
+        }, found.failures
+
+    _in_parts(job, "states", questions, make)
 
 
-def _read_foils(job: Job, target: _LazyTarget, questions: Sequence[Question]) -> list[Failure]:
+def _read_foils(job: Job, target: _LazyTarget, questions: Sequence[Question]) -> None:
     """How likely another persona's value is, to set the own value against."""
-    failures: list[Failure] = []
-    foils = _foils(questions, [_seed(job), _FOILS])
-    for index, part in _parts(foils):
-        if not job.store.has(job.stage("foils"), index):
-            found = measure(target.model(), None, AnswerReader(), part, size=job.settings.size)
-            failures += found.failures
-            means = [float(np.mean(each)) for each in found.table["logprob"].to_pylist()]
-            job.store.put(
-                job.stage("foils"), index, pa.table({"id": found.table["id"], "logprob": means})
-            )
-    return failures
+
+    def make(part: Sequence[Record]) -> tuple[dict[str, pa.Table], Sequence[Failure]]:
+        found = measure(target.model(), None, AnswerReader(), part, size=job.settings.size)
+        means = [float(np.mean(each)) for each in found.table["logprob"].to_pylist()]
+        table = pa.table({"id": found.table["id"], "logprob": pa.array(means, pa.float64())})
+        return {"foils": table}, found.failures
+
+    _in_parts(job, "foils", _foils(questions, [_seed(job), _FOILS]), make)
+
+
+def _read_utility(job: Job, target: _LazyTarget) -> None:
+    """Which questions of the task are answered exactly."""
+
+    def make(part: Sequence[Record]) -> tuple[dict[str, pa.Table], Sequence[Failure]]:
+        found = read_hidden(target.model(), part, size=job.settings.size)
+        return {"utility": found.table().select(["id", "exact"])}, found.failures
+
+    _in_parts(job, "utility", _split(job.settings).utility, make)
 
 
 def _foils(questions: Sequence[Question], seed: Sequence[int]) -> list[Record]:
@@ -554,32 +602,17 @@ def _foils(questions: Sequence[Question], seed: Sequence[int]) -> list[Record]:
     return found
 
 
-def _read_utility(job: Job, target: _LazyTarget) -> list[Failure]:
-    """Which questions of the task are answered exactly."""
-    failures: list[Failure] = []
-    for index, part in _parts(_split(job.settings).utility):
-        if not job.store.has(job.stage("utility"), index):
-            found = read_hidden(target.model(), part, size=job.settings.size)
-            failures += found.failures
-            table = pa.table({"id": list(found.ids), "exact": found.exact})
-            job.store.put(job.stage("utility"), index, table)
-    return failures
-
-
-def _read_pixels(job: Job, questions: Sequence[Question]) -> list[Failure]:
+def _read_pixels(job: Job, questions: Sequence[Question]) -> None:
     """What can be read without any model, at the resolution of the model."""
     if job.store.has(job.stage("image"), 0):
-        return []
+        return
     resolution = _generative(job.settings.load()).resolution
-    once = [one for one in questions if one.field == questions[0].field]
-    pixels = project([_file(one) for one in once], resolution, seed=_seed(job))
-    states = pa.FixedSizeListArray.from_arrays(pixels.ravel(), pixels.shape[1])
-    marked = [
-        Marked(_file(one), one.box, str(one.record.group), one.base)
-        for one in once
-        if one.box is not None
-    ]
-    if len(marked) == len(once):
+    once = [one for one in questions if one.first]
+    pixels = project([one.record.image for one in once], resolution, seed=_seed(job))
+    if all(one.box is not None for one in once):
+        marked = [
+            Marked(one.record.image, one.box or (), str(one.record.group), one.base) for one in once
+        ]
         found = legibility(marked, resolution, seed=_seed(job))
         write_json(
             job.run.evidence / f"legibility-{job.seed}.json",
@@ -590,26 +623,13 @@ def _read_pixels(job: Job, questions: Sequence[Question]) -> list[Failure]:
                 "line_height": found.line_height,
             },
         )
-    table = pa.table(
-        {"id": [one.record.id for one in once], "pixels.0": states.cast(pa.list_(pa.float32()))}
-    )
-    job.store.put(job.stage("image"), 0, table)
-    return []
+    columns = {"id": [one.record.id for one in once], "pixels.0": pa.array(list(pixels))}
+    job.store.put(job.stage("image"), 0, pa.table(columns))
 
 
-def _file(question: Question) -> Path:
-    if isinstance(question.record.image, bytes):
-        raise UserError(
-            "its image is not a file",
-            f"record {question.record.id}",
-            "Give images as files to probe with.",
-        )
-    return question.record.image
-
-
-def _read_dynamics(job: Job, target: _LazyTarget) -> list[Failure]:
+def _read_dynamics(job: Job, target: _LazyTarget) -> None:
     """How far watermarks and augmentations turn the gradients of mini-batches."""
-    settings, failures = job.settings, []
+    settings = job.settings
     marked = load(job.marked / "rate-1" / "records.jsonl").records
     of = {record.id: record for record in _split(settings).training}
     variants: dict[str, Sequence[Record]] = {
@@ -622,22 +642,28 @@ def _read_dynamics(job: Job, target: _LazyTarget) -> list[Failure]:
     # So many in all repeats together.
     batches = -(-settings.batches // settings.seeds)
     draws = list(draw_batches(len(marked), max(settings.sizes), batches, seed=_seed(job)))
-    engine: GradientEngine | None = None
-    for index, part in _parts(draws, _DRAWS_A_PART):
-        if job.store.has(job.stage("dynamics"), index):
-            continue
+
+    @cache
+    def engine() -> GradientEngine:
         model = target.model()
-        if engine is None:
-            engine = GradientEngine(model, select(model, settings.matrices))
-            unreached = self_check(model, engine, marked, settings.size)
-            engine = GradientEngine(model, engine.selection.without(unreached))
+        every = GradientEngine(model, select(model, settings.matrices))
+        unreached = self_check(model, every, marked, settings.size)
+        return GradientEngine(model, every.selection.without(unreached))
+
+    def make(part: Sequence[Draw]) -> tuple[dict[str, pa.Table], Sequence[Failure]]:
         found = [
-            compare(model, engine, variants, one, sizes=settings.sizes, size=settings.size)
+            compare(
+                *(target.model(), engine(), variants, one),
+                sizes=settings.sizes,
+                size=settings.size,
+            )
             for one in part
         ]
-        failures += [failure for one in found for failure in one.failures]
-        job.store.put(job.stage("dynamics"), index, pa.concat_tables([one.table for one in found]))
-    return failures
+        return {"dynamics": pa.concat_tables([one.table for one in found])}, [
+            failure for one in found for failure in one.failures
+        ]
+
+    _in_parts(job, "dynamics", draws, make, size=_DRAWS_A_PART)
 
 
 class _Augmented(Sequence[Record]):

@@ -86,8 +86,6 @@ def judge_probing(run: Run, progress: Progress | None = None) -> ProbingVerdict:
         legibility=legible,
         cutoffs=evidence.cutoffs,
     )
-    first = evidence.questions[evidence.seeds[0]]
-    images = {row["id"].rsplit("-", 1)[0] for row in first.to_pylist()}
     result = ProbingVerdict(
         verdict=verdict,
         tier=tier,
@@ -101,7 +99,7 @@ def judge_probing(run: Run, progress: Progress | None = None) -> ProbingVerdict:
         coverage=ProbingCoverage(
             personas=evidence.pairs,
             seeds=len(evidence.seeds),
-            images=len(images) // 2,
+            images=evidence.images,
             failed=failures.num_rows,
         ),
         cutoffs=evidence.cutoffs,
@@ -146,6 +144,13 @@ class _Evidence:
     def pairs(self) -> int:
         """Of personas, in each repeat."""
         return len(pc.unique(self.questions[self.seeds[0]]["code"])) // 2
+
+    @property
+    def images(self) -> int:
+        """Shown with seen personas, in each repeat."""
+        asked = self.questions[self.seeds[0]]
+        seen = pc.equal(pc.bit_wise_and(asked["code"], 1), 0)
+        return int(pc.sum(pc.and_(asked["first"], seen)).as_py())
 
     def random(self, seed: int) -> int:
         """A seed of a repeat's own."""

@@ -75,6 +75,7 @@ def probe(
             **given,
             "dtype": str(model.dtype),
             "device kind": model.device.type,
+            "settings": chosen.model_dump(mode="json", include=set(fixed)),
         }
         EvidenceStore.claim(run.evidence, decides)
         gather(run, chosen, model, progress)

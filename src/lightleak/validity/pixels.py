@@ -26,7 +26,7 @@ Box = Sequence[int]
 
 
 def project(
-    images: Iterable[Path], resolution: int | None, *, seed: int
+    images: Iterable[Path | bytes], resolution: int | None, *, seed: int
 ) -> npt.NDArray[np.float32]:
     """Random projections of the pixels that a model is shown, shape (n, at most 512).
 
@@ -34,7 +34,7 @@ def project(
     images go through a block at a time, so memory stays flat.
 
     Args:
-        images: files, one row each.
+        images: files or encoded bytes, one row each.
         resolution: pixels of the square that the model sees; None takes 224.
         seed: of the projection.
 
@@ -44,8 +44,8 @@ def project(
     projection = SparseRandomProjection(_DIMENSIONS, random_state=seed)
     projection.fit(np.zeros((1, side * side * 3), np.float32))
     blocks, block = [], []
-    for file in images:
-        pixels = np.asarray(open_rgb(file).resize((side, side), Image.Resampling.BICUBIC))
+    for image in images:
+        pixels = np.asarray(open_rgb(image).resize((side, side), Image.Resampling.BICUBIC))
         block.append(pixels.astype(np.float32).ravel() / 255)
         if len(block) == _BLOCK:
             blocks.append(projection.transform(np.array(block)))
@@ -59,7 +59,7 @@ def project(
 class Marked:
     """An image, where its watermark is, whose it is, and which image it was before."""
 
-    file: Path
+    image: Path | bytes
     box: Box
     persona: str
     base: str
@@ -109,7 +109,7 @@ def legibility(marked: Sequence[Marked], resolution: int | None, *, seed: int) -
 
 def _cut(marked: Marked, resolution: int | None) -> tuple[npt.NDArray[np.float32], float]:
     """The watermark in grey, brought to one size and a mean of zero; and a line's height."""
-    image = open_rgb(marked.file)
+    image = open_rgb(marked.image)
     scale = 1.0 if resolution is None else resolution / min(image.size)
     if scale != 1.0:
         size = (round(scale * image.width), round(scale * image.height))
