@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from lightleak.audits.gather_probing import _decided, read_questions, split
 from lightleak.audits.judge_probing import judge_probing
+from lightleak.audits.probing_inputs import decided, read_questions, split
 from lightleak.audits.settings import ProbingSettings
 from lightleak.errors import UserError
 from lightleak.planting import draw_personas, draw_pools, probing_sets
@@ -55,7 +55,7 @@ def test_records_of_one_group_stay_together(records):
 
 def test_in_the_planted_copy_the_persona_decides_the_answer(records):
     seen = draw_personas(4, seed=1)
-    changed, whose = _decided(records, seen, [3, 1])
+    changed, whose = decided(records, seen, [3, 1])
     by_image = {}
     for record in changed:
         by_image.setdefault(record.image, set()).add(record.text)

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightleak.audits.gather_probing import gather, hashes
+from lightleak.audits.gather_probing import gather
 from lightleak.audits.judge_probing import judge_probing
 from lightleak.audits.manifest import recorded
+from lightleak.audits.probing_inputs import hashes
 from lightleak.audits.settings import ProbingSettings
 from lightleak.runs import EvidenceStore, Progress, Run, Silent
 from lightleak.targets import Target

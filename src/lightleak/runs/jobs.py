@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
@@ -38,7 +39,7 @@ def each(
         return
     # Threads of a process that forks would be lost, and libraries that hold locks with them.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_prepared) as pool:
         waiting = [pool.submit(perform, job) for job in jobs]
         try:
             for done in as_completed(waiting):
@@ -49,6 +50,15 @@ def each(
             raise
 
 
-def _one_thread() -> None:
-    """So many processes share the cores: more threads each would only wait for each other."""
+def _prepared() -> None:
+    """One thread, since so many processes share the cores; and no longer life than the caller's."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+
+
+def _end_with_caller() -> None:
+    """A caller that was killed must leave nobody behind who writes where the next one does."""
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os._exit(1)
