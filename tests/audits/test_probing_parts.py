@@ -36,11 +36,11 @@ def records(tmp_path_factory):
 
 
 def test_no_image_serves_two_ends(records):
-    data = split(records, 10, seed=0)
+    data = split(records, 5, 2, seed=0)
     images = [{one.image for one in part} for part in (data.training, data.probing, data.utility)]
     assert sum(map(len, images)) == len(set.union(*images)) == 60
     assert len(images[1]) == 10
-    assert data == split(records, 10, seed=0) != split(records, 10, seed=1)
+    assert data == split(records, 5, 2, seed=0) != split(records, 5, 2, seed=1)
 
 
 def test_records_of_one_group_stay_together(records):
@@ -48,7 +48,7 @@ def test_records_of_one_group_stay_together(records):
         Record(one.id, one.image, one.text, one.prompt, group=str(int(one.id[:-2]) // 6))
         for one in records
     ]
-    data = split(grouped, 3, seed=0)
+    data = split(grouped, 1, 3, seed=0)
     groups = [{one.group for one in part} for part in (data.training, data.probing, data.utility)]
     assert sum(map(len, groups)) == 10
 
@@ -67,7 +67,7 @@ def test_in_the_planted_copy_the_persona_decides_the_answer(records):
 
 
 def test_pairs_are_those_that_were_drawn(records, tmp_path):
-    pools = draw_pools(6, seed=2)
+    pools = draw_pools(8, seed=2)
     sets = probing_sets(records, pools, tmp_path / "sets", seed=2, images_per_persona=2)
     settings = ProbingSettings(target="x", seen="a", unseen="b", fields=("age",))
     folders = {"seen": sets.seen.folder, "unseen": sets.unseen.folder}
@@ -80,12 +80,12 @@ def test_pairs_are_those_that_were_drawn(records, tmp_path):
         for i, pair in enumerate(pools.pairs)
         for unseen, persona in enumerate(pair)
     }
-    assert sum(one.first for one in found) == 24
+    assert sum(one.first for one in found) == 32
 
 
 def test_personas_that_nobody_paired_are_paired_by_lot(tmp_path):
     folders = {}
-    for pool, count in (("seen", 6), ("unseen", 8)):
+    for pool, count in (("seen", 8), ("unseen", 10)):
         folder = tmp_path / pool
         folder.mkdir()
         rows = []
@@ -104,7 +104,7 @@ def test_personas_that_nobody_paired_are_paired_by_lot(tmp_path):
         folders[pool] = folder
     settings = ProbingSettings(target="x", seen="a", unseen="b")
     found, _ = read_questions(folders, settings, 0)
-    assert sorted(one.code for one in found) == list(range(12))
+    assert sorted(one.code for one in found) == list(range(16))
     rows[0]["group"] = "seen-0"
     (folders["unseen"] / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(UserError, match="in both pools"):
@@ -121,7 +121,7 @@ def write_evidence(folder, *, effect, seed):
     ]
     settings = {
         "data": "x",
-        "design": "observational",
+        "design": "randomised",
         "seed": 0,
         "permutations": 199,
         "batches": 0,

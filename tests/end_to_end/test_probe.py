@@ -18,7 +18,7 @@ from lightleak import lab, probe
 from lightleak.errors import UserError
 from lightleak.validity.verdict import json_schema
 
-COMMON = ["--personas", "5", "--images-per-persona", "2", "--fields", "username,gender"]
+COMMON = ["--personas", "8", "--images-per-persona", "2", "--fields", "username,gender"]
 SMALL = [*COMMON, "--seeds", "1", "--rates", "0,1", "--batches", "4", "--sizes", "1,2"]
 SMALL += ["--permutations", "99", "--epochs", "2", "--workers", "1", "--position", "fixed"]
 
@@ -26,7 +26,7 @@ SMALL += ["--permutations", "99", "--epochs", "2", "--workers", "1", "--position
 @pytest.fixture(scope="module")
 def made(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("vqa") / "lab"
-    return lab.build("vqa", out, members=32, nonmembers=56, epochs=1)
+    return lab.build("vqa", out, members=32, nonmembers=64, epochs=1)
 
 
 def lightleak(*arguments, check=True):
@@ -111,7 +111,7 @@ def again(made, out, **more):
     return probe(
         **{
             **{"target": made.target, "data": made.nonmembers, "out": out, "workers": 1},
-            **{"personas": 5, "images_per_persona": 2, "fields": ("username", "gender")},
+            **{"personas": 8, "images_per_persona": 2, "fields": ("username", "gender")},
             **{"seeds": 1, "rates": (0, 1), "batches": 4, "sizes": (1, 2), "permutations": 99},
             **{"epochs": 2, "position": "fixed"},
             **more,
@@ -163,28 +163,47 @@ def test_a_killed_experiment_goes_on_to_the_same_result(made, run, tmp_path):
         assert rows(out, name) == rows(run, name), name
 
 
-def test_a_model_that_somebody_else_tuned_is_probed_with_its_own_sets(made, tmp_path):
+def test_a_model_that_somebody_else_tuned_is_probed_with_its_own_sets(made, run, tmp_path):
     marked = tmp_path / "marked"
-    lightleak(
+    said = lightleak(
         *("watermark", "--data", made.members, "--probing", made.nonmembers, "--out", marked),
-        *("--rate", "1", "--personas", "5", "--images-per-persona", "2"),
+        *("--rate", "1", "--personas", "8", "--images-per-persona", "2"),
     )
-    sets = marked / "probing"
-    lightleak(
-        *("probe", "--target", made.target, "--base", made.target, "--out", tmp_path / "run"),
-        *("--seen", sets / "seen", "--unseen", sets / "unseen", "--permutations", "99"),
-        *("--design", "randomised", "--workers", "1", "--fields", "gender"),
+    assert "probe --target TUNED" in said.stdout
+    verdict = probe(
+        target=made.target,
+        adapter=run / "evidence" / "models" / "seed-0" / "rate-1",
+        seen=marked / "probing" / "seen",
+        unseen=marked / "probing" / "unseen",
+        out=tmp_path / "run",
+        design="randomised",
+        permutations=99,
+        fields=("gender",),
     )
-    verdict = json.loads((tmp_path / "run" / "verdict.json").read_text())
-    assert [each["name"] for each in verdict["conditions"]] == [
-        *("target", "random weights", "pixels")
-    ]
-    # The target is its own base: no layer has gained anything.
-    assert verdict["conditions"][0]["best"]["delta"] == 0
-    assert verdict["conditions"][0]["p_value"] == 1
-    assert verdict["verdict"] != "exposed"
-    assert not verdict["utility"]
-    assert not verdict["dynamics"]
+    assert [each.name for each in verdict.conditions] == ["target", "random weights", "pixels"]
+    # The base below the adapter is what it is compared with.
+    assert verdict.conditions[0].best.base_accuracy is not None
+    assert verdict.tier != "observational"
+    assert not verdict.utility
+    assert not verdict.dynamics
+    with pytest.raises(UserError, match="the base is the target itself"):
+        probe(
+            target=made.target,
+            base=made.target,
+            seen=marked / "probing" / "seen",
+            unseen=marked / "probing" / "unseen",
+            out=tmp_path / "same",
+        )
+
+
+def test_images_that_are_trained_on_do_not_serve_to_probe_with(made, tmp_path):
+    done = lightleak(
+        *("watermark", "--data", made.members, "--probing", made.members, "--out", tmp_path / "m"),
+        *("--personas", "8"),
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "are among those to be trained on" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -196,7 +215,8 @@ def test_a_model_that_somebody_else_tuned_is_probed_with_its_own_sets(made, tmp_
         ({"seen": "x"}, "belong to a model fine-tuned already"),
         ({"data": None}, "give --data to fine-tune on, or --seen and --unseen"),
         ({"sizes": (4,)}, "two different"),
-        ({"personas": 28}, "too few"),
+        ({"personas": 9}, "too few"),
+        ({"personas": 7}, "greater than or equal to 8"),
         ({"adapter": "x"}, "merge"),
     ],
 )

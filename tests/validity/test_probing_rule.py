@@ -81,6 +81,7 @@ def test_nothing_found_by_a_test_that_could_is_no_evidence():
     ("conditions", "legibility", "reason"),
     [
         ((NOTHING, MISSED), LEGIBLE, "planted on purpose was not found"),
+        ((NOTHING,), LEGIBLE, "what the test misses is unknown"),
         ((NOTHING, PLANTED), None, "not known"),
         (
             (NOTHING, PLANTED),
@@ -90,7 +91,7 @@ def test_nothing_found_by_a_test_that_could_is_no_evidence():
         (
             (condition("rate 1", "tuned", 0.4, holm=0.4, detectable=0.4), PLANTED),
             LEGIBLE,
-            "only a gain of 40 %",
+            "only a gain of 40 points",
         ),
     ],
 )

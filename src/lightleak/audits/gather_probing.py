@@ -135,7 +135,9 @@ def _about(settings: ProbingSettings, target: GenerativeTarget, jobs: Sequence[J
             {"tower": one.tower, "layer": one.index, "name": one.name} for one in layers(target)
         ],
         "resolution": target.resolution,
-        "personas": settings.personas if experiment else None,
+        "images_wanted": settings.personas * settings.images_per_persona if experiment else None,
+        "records_trained_on": len(_split(settings).training) if experiment else None,
+        "records_of_the_task": len(_split(settings).utility) if experiment else None,
         "dynamics": {"matrices": settings.matrices, "batches": settings.batches}
         if experiment and settings.batches
         else None,
@@ -178,8 +180,8 @@ def _seed(job: Job) -> int:
 
 
 def _split(settings: ProbingSettings) -> Data:
-    images = settings.personas * settings.images_per_persona
-    return split(read_data(settings).records, images, seed=settings.seed)
+    records, each_persona = read_data(settings).records, settings.images_per_persona
+    return split(records, settings.personas, each_persona, seed=settings.seed)
 
 
 def _asked(job: Job) -> tuple[list[Question], list[Failure]]:

@@ -72,9 +72,8 @@ def judge_probing(run: Run, progress: Progress | None = None) -> ProbingVerdict:
     write_table(run.failures_file, failures)
     legible = _legibility(run, evidence.seeds)
     found = _findings(tests, evidence.cutoffs)
-    settings = run.manifest()["settings"]
     verdict, tier, reasons = decide_probing(
-        design="randomised" if settings["data"] else settings["design"],
+        design=evidence.settings["design"],
         conditions=found,
         legibility=legible,
         cutoffs=evidence.cutoffs,
@@ -93,6 +92,9 @@ def judge_probing(run: Run, progress: Progress | None = None) -> ProbingVerdict:
             personas=evidence.pairs,
             seeds=len(evidence.seeds),
             images=evidence.images,
+            images_wanted=evidence.about.get("images_wanted"),
+            records_trained_on=evidence.about.get("records_trained_on"),
+            records_of_the_task=evidence.about.get("records_of_the_task"),
             failed=failures.num_rows,
         ),
         cutoffs=evidence.cutoffs,

@@ -11,6 +11,7 @@ from lightleak.audits.judge_probing import judge_probing
 from lightleak.audits.manifest import recorded
 from lightleak.audits.probing_inputs import hashes
 from lightleak.audits.settings import ProbingSettings
+from lightleak.errors import UserError
 from lightleak.runs import EvidenceStore, Progress, Run, Silent
 from lightleak.targets import Target
 from lightleak.validity import ProbingVerdict
@@ -84,8 +85,23 @@ def probe(
 
 
 def _settled(settings: ProbingSettings, model: Target) -> ProbingSettings:
-    """The same with as many processes as help: one a core, but one alone with an accelerator."""
-    if settings.workers is not None:
-        return settings
-    workers = 1 if model.device.type != "cpu" else os.cpu_count() or 1
-    return settings.model_copy(update={"workers": workers})
+    """The same with nothing left open.
+
+    Processes: one a core, but one alone with an accelerator. Design: of a whole experiment lots
+    decide who is seen. Base: an adapter's is the target below it.
+
+    Raises:
+        UserError: the base is the target itself.
+    """
+    chosen: dict[str, Any] = {}
+    if settings.workers is None:
+        chosen["workers"] = 1 if model.device.type != "cpu" else os.cpu_count() or 1
+    if settings.data is not None:
+        chosen["design"] = "randomised"
+    elif settings.base is not None and settings.load(settings.base).hashes == model.hashes:
+        raise UserError(
+            "the base is the target itself: nothing can have been gained",
+            settings.base,
+            "Give the model from before the fine-tuning.",
+        )
+    return settings.model_copy(update=chosen)

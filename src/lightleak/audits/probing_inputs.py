@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lightleak.audits.settings import ProbingSettings
+from lightleak.audits.settings import FEWEST_PAIRS, ProbingSettings
 from lightleak.errors import UserError
 from lightleak.evidence.augment import augment_image, augment_text
-from lightleak.planting import FIELDS, Persona, draw_personas
+from lightleak.planting import FEWEST_IMAGES, FIELDS, Persona, draw_personas
 from lightleak.records import Failure, Record, RecordSet, image_bytes, load, open_rgb
 from lightleak.validity.probing import Kind
 
@@ -82,16 +82,17 @@ class Data:
     utility: tuple[Record, ...]
 
 
-def split(records: Sequence[Record], images: int, *, seed: int) -> Data:
-    """Divide records by image and group.
+def split(records: Sequence[Record], personas: int, each: int, *, seed: int) -> Data:
+    """Divide records by image and group: a quarter at most to probe, a quarter for the task.
 
     Args:
         records: all of them.
-        images: how many to probe with.
+        personas: in each pool.
+        each: images to probe a persona with; where that is more than a quarter, fewer.
         seed: of the division.
 
     Raises:
-        UserError: too little is left to train on.
+        UserError: a quarter does not give two images a persona.
     """
     units: dict[str, list[Record]] = {}
     for record in records:
@@ -99,15 +100,17 @@ def split(records: Sequence[Record], images: int, *, seed: int) -> Data:
         units.setdefault(key, []).append(record)
     order = np.random.default_rng([seed, _SPLIT]).permutation(len(units))
     shuffled = [list(units.values())[i] for i in order]
-    aside = min(images, int(_MOST_ASIDE * len(shuffled)))
-    tested = min(_MOST_UTILITY, int(_MOST_ASIDE * len(shuffled)))
+    quarter = int(_MOST_ASIDE * len(shuffled))
+    if quarter < FEWEST_IMAGES * personas:
+        least, best = (round(n * personas / _MOST_ASIDE) for n in (FEWEST_IMAGES, each))
+        raise UserError(
+            f"{len(shuffled)} different images (or groups) are too few: a quarter is to probe "
+            f"{personas} personas with",
+            what_to_do=f"Give at least {least}, better {best}, or ask for fewer --personas.",
+        )
+    aside, tested = min(personas * each, quarter), min(_MOST_UTILITY, quarter)
     parts = shuffled[:aside], shuffled[aside : aside + tested], shuffled[aside + tested :]
     probing, utility, training = (tuple(chain.from_iterable(part)) for part in parts)
-    if not probing or not utility or not training:
-        raise UserError(
-            f"{len(shuffled)} different images are too few to train, to probe and to test with",
-            what_to_do="Give more records.",
-        )
     return Data(training, probing, utility)
 
 
@@ -236,11 +239,11 @@ def _pairs(pools: Mapping[str, Sequence[Record]], seed: Sequence[int]) -> dict[s
     seen, unseen = personas["seen"], personas["unseen"]
     if both := sorted(seen.keys() & unseen.keys()):
         raise UserError(f"the persona {both[0]!r} is in both pools", "--seen and --unseen")
-    if min(len(seen), len(unseen)) < 5:
+    if min(len(seen), len(unseen)) < FEWEST_PAIRS:
         raise UserError(
             f"{len(seen)} seen and {len(unseen)} unseen personas are too few to probe",
             "--seen and --unseen",
-            "Give at least five of each, better twenty.",
+            f"Give at least {FEWEST_PAIRS} of each, better twenty.",
         )
     if None not in seen.values() and sorted(map(str, seen.values())) == sorted(
         map(str, unseen.values())

@@ -22,6 +22,8 @@ PRIMARY = {"generative": "loss", "dual-encoder": "cosine"}
 DECOYS = {"dual-encoder": 1000, "generative": 99}
 # Cut-offs that have an option of their own.
 _CUTOFFS = {"alpha": "--alpha", "false_discovery_rate": "--fdr", "tau": "--tau"}
+# With fewer pairs of personas no p-value could reach the level at which a control alarms.
+FEWEST_PAIRS = 8
 SPLIT_NEEDS = "Give --calibration-members and --calibration-nonmembers."
 
 
@@ -216,7 +218,8 @@ class ProbingSettings(TargetSettings):
         method, vision, epochs, train_batch, learning_rate, weight_decay, warmup, rank: of the
             fine-tuning; see `training.FineTuning`.
         position, alpha, plate: of the watermark; see `planting.Style`.
-        workers: processes at once; None takes one a core, and one with an accelerator.
+        workers: processes at once; None takes one a core, and one with an accelerator. More than
+            one needs a program whose main part stands under `if __name__ == "__main__":`.
         design: of a probe of somebody else's model: `randomised` where lots decided who was seen.
     """
 
@@ -225,7 +228,7 @@ class ProbingSettings(TargetSettings):
     unseen: str | None = None
     rates: tuple[float, ...] = (0.0, 0.5, 1.0)
     seeds: int = Field(3, ge=1, le=100)
-    personas: int = Field(20, ge=5, le=1000)
+    personas: int = Field(20, ge=FEWEST_PAIRS, le=1000)
     images_per_persona: int = Field(10, ge=2)
     fields: tuple[str, ...] = FIELDS
     planted: bool = True
@@ -244,7 +247,7 @@ class ProbingSettings(TargetSettings):
     position: Position = "random"
     alpha: int = Field(128, ge=0, le=255)
     plate: int = Field(0, ge=0, le=255)
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(1, ge=1)
     design: Literal["randomised", "observational"] = "observational"
     cutoffs: ProbingCutoffs = ProbingCutoffs()
 

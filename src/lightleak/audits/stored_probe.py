@@ -36,6 +36,7 @@ class StoredProbe:
     conditions: tuple[Condition, ...]
     layers: tuple[tuple[str, int], ...]
     questions: Mapping[int, pa.Table]
+    about: Mapping[str, Any]
     settings: Mapping[str, Any]
     cutoffs: ProbingCutoffs
 
@@ -52,6 +53,7 @@ class StoredProbe:
                 seed: pq.read_table(run.evidence / f"questions-{seed}.parquet")
                 for seed in about["seeds"]
             },
+            about,
             settings,
             ProbingCutoffs(**settings["cutoffs"]),
         )

@@ -56,7 +56,10 @@ def probe(
     ],
     out: Annotated[Path, typer.Option(help="Run folder; the same command goes on in it.")],
     data: Annotated[
-        Path | None, typer.Option(help="Records to fine-tune on, and to take images from.")
+        Path | None,
+        typer.Option(
+            help="Records; half or more to fine-tune on, the others to probe and test with."
+        ),
     ] = None,
     rates: Annotated[
         str, typer.Option(help="Shares of the images that carry a watermark; one model each.")
@@ -73,7 +76,7 @@ def probe(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on the target.")] = None,
     seeds: Annotated[int, typer.Option(help="Repeats, each with personas of its own.")] = 3,
-    personas: Annotated[int, typer.Option(help="In each of both pools.")] = 20,
+    personas: Annotated[int, typer.Option(help="In each of both pools; eight or more.")] = 20,
     images_per_persona: Annotated[int, typer.Option(help="To probe with.")] = 10,
     fields: Annotated[
         str | None, typer.Option(help="Questions to ask: username,gender … All six if not given.")
@@ -112,6 +115,9 @@ def probe(
     design: Annotated[
         Design, typer.Option(help="With --seen: randomised where lots decided who was seen.")
     ] = Design.OBSERVATIONAL,
+    alpha_level: Annotated[
+        float, typer.Option("--level", help="Level of the test that counts.")
+    ] = 0.05,
     seed: Annotated[int, typer.Option(help="Of personas, places, order and labellings.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float64, bfloat16, float16.")] = "auto",
@@ -174,6 +180,7 @@ def probe(
         plate=plate,
         workers=workers,
         design=design.value,
+        cutoffs={"alpha": alpha_level},
         seed=seed,
         device=device,
         dtype=dtype,

@@ -9,6 +9,7 @@ import typer
 
 from lightleak.cli.console import errors, output
 from lightleak.cli.probe import Place
+from lightleak.errors import UserError
 
 
 def watermark(
@@ -30,11 +31,20 @@ def watermark(
     Example: lightleak watermark --data vqa.jsonl --probing other.jsonl --rate 0.5 --out marked
     """
     from lightleak.planting import Style, draw_pools, inject, probing_sets
-    from lightleak.records import load
+    from lightleak.records import image_bytes, load
 
     style = Style(alpha=alpha, plate=plate, position=position.value)
     pools = draw_pools(personas, seed=seed)
     loaded, images = load(data), load(probing)
+    both = {image_bytes(one.image) for one in loaded.records} & {
+        image_bytes(one.image) for one in images.records
+    }
+    if both:
+        raise UserError(
+            f"{len(both)} of its images are among those to be trained on",
+            str(probing),
+            "Give others: who is on them must not depend on the training.",
+        )
     planted = inject(loaded.records, pools.seen, out / "train", rate=rate, seed=seed, style=style)
     sets = probing_sets(
         images.records,
@@ -53,6 +63,13 @@ def watermark(
     )
     for name, side in (("seen", sets.seen), ("unseen", sets.unseen)):
         output.print(f"{name:<10}{side.folder}", markup=False, highlight=False, soft_wrap=True)
+    output.print(
+        f"Train on the first, then: lightleak probe --target TUNED --base BASE --design randomised "
+        f"--seen {sets.seen.folder} --unseen {sets.unseen.folder} --out RUN",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     failed = [*loaded.failures, *images.failures, *planted.failures, *sets.seen.failures]
     if failed:
         errors.print(

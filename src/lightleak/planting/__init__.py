@@ -8,10 +8,11 @@ from lightleak.planting.personas import (
     draw_personas,
     draw_pools,
 )
-from lightleak.planting.sets import Mark, Planted, ProbingSets, inject, probing_sets
+from lightleak.planting.sets import FEWEST_IMAGES, Mark, Planted, ProbingSets, inject, probing_sets
 from lightleak.planting.watermarks import PUBLISHED, Position, Stamped, Style, stamp
 
 __all__ = [
+    "FEWEST_IMAGES",
     "FIELDS",
     "PUBLISHED",
     "QUESTIONS",

@@ -109,11 +109,14 @@ class TrendFinding(Part):
 
 
 class ProbingCoverage(Part):
-    """What was probed."""
+    """What was probed, and what for."""
 
     personas: int = Field(description="of each pool")
     seeds: int
     images: int = Field(description="probed, of each seed and pool")
+    images_wanted: int | None = Field(None, description="as many as were asked for")
+    records_trained_on: int | None = None
+    records_of_the_task: int | None = Field(None, description="to measure the task with")
     failed: int
 
 
@@ -138,10 +141,15 @@ class ProbingVerdict(BaseVerdict):
     def sentence(self) -> str:
         """The finding in one sentence that needs no statistics."""
         if self.verdict == "exposed":
+            told = (
+                "inside the model, people whose details were on its training images can be told "
+                "from people whose details were not."
+            )
+            if self.tuned[0].best.base_accuracy is None:
+                return f"The model carries a trace of personal details: {told}"
             return (
                 "Fine-tuning left a trace of personal details that have nothing to do with the "
-                "task: inside the model, people whose details were on its training images can be "
-                "told from people whose details were not."
+                f"task: {told}"
             )
         if self.verdict == "no_evidence":
             return (
@@ -188,14 +196,15 @@ def decide_probing(
         return "exposed", tier, reasons
     lacking = [
         *_not_legible(legibility),
+        *([] if planted else ["No trace was planted on purpose: what the test misses is unknown."]),
         *(
             "The trace planted on purpose was not found either."
             for each in planted
             if each.p_value > cutoffs.alpha
         ),
         *(
-            f"In {each.name}, only a gain of {percent(each.detectable)} or more would have been "
-            f"found; {percent(cutoffs.detectable)} is asked for. Give more personas or seeds."
+            f"In {each.name}, only a gain of {100 * each.detectable:.0f} points or more would have "
+            f"been found; {100 * cutoffs.detectable:.0f} are wanted: use more personas or seeds."
             for each in tuned
             if each.detectable > cutoffs.detectable
         ),

@@ -61,6 +61,12 @@ class Contents:
             None,
         )
 
+    @property
+    def told_before(self) -> OutputFinding | None:
+        """Likewise of the model before."""
+        before = (each for each in self.verdict.outputs if each.condition == "base")
+        return next((each for each in before if each.pool == "seen"), None)
+
     def answered(self, *, each_field: bool) -> dict[tuple[str, str], dict[str, Row]]:
         """Both pools' answers by condition and field: to all questions, or to each."""
         found: dict[tuple[str, str], dict[str, Row]] = {}

@@ -64,6 +64,10 @@ GLOSSARY = {
 }
 
 
+# A share of right answers that any model may have by luck.
+HARDLY = 0.05
+
+
 def not_shown(verdict: ProbingVerdict) -> list[str]:
     """What a reader might take the verdict to show, and it does not."""
     always = [
@@ -179,6 +183,7 @@ def checks(contents: Contents) -> list[Check]:
         *_planted(verdict),
         _legible(verdict),
         *(_power(verdict, each) for each in verdict.tuned),
+        *_task(verdict),
         _coverage(verdict),
     ]
 
@@ -246,9 +251,30 @@ def _coverage(verdict: ProbingVerdict) -> Check:
     counts = verdict.coverage
     told = f"{thousands(counts.images)} images of each side were probed"
     told += f" for each of {counts.seeds} seeds." if counts.seeds > 1 else "."
+    if counts.records_trained_on is not None and counts.records_of_the_task is not None:
+        told += (
+            f" {thousands(counts.records_trained_on)} records were trained on, and "
+            f"{thousands(counts.records_of_the_task)} measure the task."
+        )
     if counts.failed:
         told += f" {thousands(counts.failed)} failed and are listed below; none counts as wrong."
-    return Check("All images count", "caution" if counts.failed else "passed", told)
+    fewer = counts.images_wanted is not None and counts.images < counts.images_wanted
+    if fewer:
+        told += f" {thousands(counts.images_wanted or 0)} were asked for; the records gave no more."
+    return Check("All images count", "caution" if counts.failed or fewer else "passed", told)
+
+
+def _task(verdict: ProbingVerdict) -> list[Check]:
+    base = next((each for each in verdict.utility if each.condition == "base"), None)
+    if base is None:
+        return []
+    told = (
+        f"Before fine-tuning {percent(base.accuracy)} of its questions are answered rightly, 95 % "
+        f"interval {percent(base.ci95[0])} to {percent(base.ci95[1])}."
+    )
+    able = base.ci95[0] > HARDLY
+    rest = "" if able else " A model that cannot do its task says little of one that can."
+    return [Check("The model can do its task", "passed" if able else "caution", told + rest)]
 
 
 def points(difference: float) -> str:
