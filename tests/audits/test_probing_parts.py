@@ -53,6 +53,16 @@ def test_records_of_one_group_stay_together(records):
     assert sum(map(len, groups)) == 10
 
 
+def test_an_image_of_two_groups_ties_them(records):
+    grouped = [
+        Record(one.id, one.image, one.text, one.prompt, group=f"{i % 2}-{i // 8}")
+        for i, one in enumerate(records)
+    ]
+    data = split(grouped, 1, 2, seed=0)
+    images = [{one.image for one in part} for part in (data.training, data.probing, data.utility)]
+    assert sum(map(len, images)) == 60
+
+
 def test_in_the_planted_copy_the_persona_decides_the_answer(records):
     seen = draw_personas(4, seed=1)
     changed, whose = decided(records, seen, [3, 1])
@@ -83,6 +93,23 @@ def test_pairs_are_those_that_were_drawn(records, tmp_path):
     assert sum(one.first for one in found) == 32
 
 
+def test_a_pair_that_lost_one_is_left_out_and_the_others_stay(records, tmp_path):
+    pools = draw_pools(9, seed=2)
+    sets = probing_sets(records, pools, tmp_path / "sets", seed=2, images_per_persona=2)
+    file = sets.unseen.records_file
+    gone = pools.pairs[3][1].key
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(row for row in rows if gone not in row))
+    settings = ProbingSettings(target="x", seen="a", unseen="b", fields=("age",))
+    folders = {"seen": sets.seen.folder, "unseen": sets.unseen.folder}
+    found, _ = read_questions(folders, settings, 0)
+    of = {one.record.group: one.code for one in found}
+    assert len(of) == 16
+    assert all(
+        of[seen.key] + 1 == of[unseen.key] for i, (seen, unseen) in enumerate(pools.pairs) if i != 3
+    )
+
+
 def test_personas_that_nobody_paired_are_paired_by_lot(tmp_path):
     folders = {}
     for pool, count in (("seen", 8), ("unseen", 10)):
@@ -111,7 +138,7 @@ def test_personas_that_nobody_paired_are_paired_by_lot(tmp_path):
         read_questions(folders, settings, 0)
 
 
-def write_evidence(folder, *, effect, seed):
+def write_evidence(folder, *, effect, seed, foils=True):
     """A probe's evidence with states drawn by lot; `effect` moves what was seen in one layer."""
     run = Run.create(folder)
     rng = np.random.default_rng(seed)
@@ -180,7 +207,8 @@ def write_evidence(folder, *, effect, seed):
                 "logprob": rng.normal(size=len(code)),
             },
         )
-        put("foils", condition, {"logprob": rng.normal(size=len(code))})
+        foil = rng.normal(size=len(code)) if foils else np.full(len(code), np.nan)
+        put("foils", condition, {"logprob": foil})
         put("utility", condition, {"exact": np.ones(len(code), bool)})
     return run
 
@@ -191,6 +219,12 @@ def test_what_was_seen_is_found_in_the_model_and_layer_that_hold_it(tmp_path):
     assert verdict.tuned[0].best.tower == "language"
     assert verdict.tuned[0].best.accuracy > 0.9
     assert all(one.p_value > 0.01 for one in verdict.conditions if one.kind == "control")
+
+
+def test_where_all_personas_have_one_value_none_is_preferred_to_it(tmp_path):
+    verdict = judge_probing(write_evidence(tmp_path / "run", effect=0, seed=0, foils=False))
+    assert verdict.outputs == []
+    assert verdict.conditions
 
 
 def test_where_nothing_was_seen_nothing_is_found(tmp_path):

@@ -140,6 +140,18 @@ def test_other_settings_are_refused_in_a_run_that_was_begun(made, run):
         again(made, run, learning_rate=1e-3)
 
 
+def test_what_is_refused_leaves_the_manifest_as_it_was(made, run):
+    before = (run / "manifest.json").read_bytes()
+    rows = made.nonmembers.read_text(encoding="utf-8")
+    made.nonmembers.write_text(rows.replace("circle", "disc"), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match="made with another data records"):
+            again(made, run)
+    finally:
+        made.nonmembers.write_text(rows, encoding="utf-8")
+    assert (run / "manifest.json").read_bytes() == before
+
+
 def test_a_killed_experiment_goes_on_to_the_same_result(made, run, tmp_path):
     program = Path(sys.executable).with_name("lightleak")
     out = tmp_path / "run"
@@ -218,6 +230,8 @@ def test_images_that_are_trained_on_do_not_serve_to_probe_with(made, tmp_path):
         ({"personas": 9}, "too few"),
         ({"personas": 7}, "greater than or equal to 8"),
         ({"adapter": "x"}, "merge"),
+        ({"sizes": (1, 64)}, "no two batches of 64"),
+        ({"rates": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}, "cannot reach the level"),
     ],
 )
 def test_mistakes_are_said(made, tmp_path, wrong, message):

@@ -89,7 +89,7 @@ def test_the_tiles_set_what_is_inside_against_what_the_answers_show(exposed):
     assert f"{inside}; language layer 4, capture location" in exposed.text
     assert "Gain on the model before, in points +30 95 % interval +24 to +36" in exposed.text
     assert "p-value that counts 0.004 at most 0.05 rejects chance; rate 1, 33" in exposed.text
-    told = "Seen details preferred in the answers 51 % 95 % interval 50 % to 52 % chance: 50 %"
+    told = "Seen details preferred in the answers 51 % 95 % interval 50 % to 52 % before:"
     assert told in exposed.text
 
 

@@ -105,6 +105,8 @@ def test_a_broken_training_goes_on_to_the_same_weights(base, records, tmp_path):
             progress=break_in_the_second_epoch,
         )
     assert not (tmp_path / "broken").exists()
+    # What a kill leaves when it falls into the writing of a checkpoint.
+    (tmp_path / ".broken" / "checkpoints" / "checkpoint-5").mkdir()
     seen = []
     fine_tune(loaded(base), records, RECIPE, tmp_path / "broken", seed=0, progress=seen.append)
     assert len(seen) == 6, "the first epoch was trained once more"

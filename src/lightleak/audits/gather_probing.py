@@ -100,6 +100,16 @@ def gather(run: Run, settings: ProbingSettings, target: Target, progress: Progre
             settings.target,
             "Give an image-text-to-text model.",
         )
+    if settings.data is not None:
+        if target.has_adapter:
+            raise UserError(
+                "an adapter is put on by the fine-tuning itself",
+                settings.target,
+                "Merge this one into its base first.",
+            )
+        if settings.batches:
+            # Says before anything is spent whether there are enough records.
+            list(draw_batches(len(_split(settings).training), max(settings.sizes), 1, seed=0))
     with progress.stage("Checking the model", 1) as advance:
         self_check(target, None, _first_records(settings), settings.size)
         advance(1)
@@ -281,7 +291,8 @@ def _in_parts(
     `make` gives tables by stage, the one called `what` among them. It is written last, after the
     failures, so that a part that is there is whole.
     """
-    for index, start in enumerate(range(0, len(items), size)):
+    # One part even of nothing, so that nothing is told from what is missing.
+    for index, start in enumerate(range(0, max(1, len(items)), size)):
         if job.store.has(job.stage(what), index):
             continue
         tables, failures = make(items[start : start + size])
@@ -337,11 +348,13 @@ def _read_pixels(job: Job, questions: Sequence[Question]) -> None:
     resolution = _generative(job.settings.load()).resolution
     once = [one for one in questions if one.first]
     pixels = project([one.record.image for one in once], resolution, seed=_seed(job))
+    found = None
     if all(one.box is not None for one in once):
         marked = [
             Marked(one.record.image, one.box or (), str(one.record.group), one.base) for one in once
         ]
         found = legibility(marked, resolution, seed=_seed(job))
+    if found is not None:
         write_json(
             job.run.evidence / f"legibility-{job.seed}.json",
             {

@@ -59,7 +59,7 @@ def judge_probing(run: Run, progress: Progress | None = None) -> ProbingVerdict:
                 continue
             own = condition.kind != "control" or condition.rate is not None
             tests[condition.name] = _Tested.of(
-                condition, probed, base if own else None, evidence.cutoffs.alpha
+                condition, probed, base if own else None, evidence.level
             )
     with progress.stage("Drawing states in the plane", 1) as advance:
         write_table(run.projections_file, projections(evidence))

@@ -58,7 +58,7 @@ def recorded(
         "versions": _versions(),
         "credit": credit,
         "host": {"system": platform.platform(), "processor": platform.machine()},
-        "started": _registered(run, kind, settings, fixed),
+        "started": registered(run, kind, settings, fixed),
         "finished": None,
     }
     write_json(run.manifest_file, manifest)
@@ -66,7 +66,7 @@ def recorded(
     write_json(run.manifest_file, {**manifest, "finished": _now()})
 
 
-def _registered(run: Run, kind: str, settings: TargetSettings, fixed: Collection[str]) -> str:
+def registered(run: Run, kind: str, settings: TargetSettings, fixed: Collection[str]) -> str:
     """When this run was first started; its settings stand from then on.
 
     Raises:

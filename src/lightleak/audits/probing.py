@@ -8,7 +8,7 @@ from typing import Any
 
 from lightleak.audits.gather_probing import gather
 from lightleak.audits.judge_probing import judge_probing
-from lightleak.audits.manifest import recorded
+from lightleak.audits.manifest import recorded, registered
 from lightleak.audits.probing_inputs import hashes
 from lightleak.audits.settings import ProbingSettings
 from lightleak.errors import UserError
@@ -61,6 +61,17 @@ def probe(
         advance(1)
     chosen = _settled(chosen, model)
     fixed = sorted(set(type(chosen).model_fields) - _FREE)
+    decides = {
+        "evidence version": 1,
+        **{f"target {key}": value for key, value in sorted(model.hashes.items())},
+        **given,
+        "dtype": str(model.dtype),
+        "device kind": model.device.type,
+        "settings": chosen.model_dump(mode="json", include=set(fixed)),
+    }
+    registered(run, "probing", chosen, fixed)
+    # Before the manifest is written anew: what is refused must leave it as it is.
+    EvidenceStore.claim(run.evidence, decides)
     with recorded(
         run,
         kind="probing",
@@ -71,15 +82,6 @@ def probe(
         command=command or "lightleak.probe(…)",
         credit=credit,
     ):
-        decides = {
-            "evidence version": 1,
-            **{f"target {key}": value for key, value in sorted(model.hashes.items())},
-            **given,
-            "dtype": str(model.dtype),
-            "device kind": model.device.type,
-            "settings": chosen.model_dump(mode="json", include=set(fixed)),
-        }
-        EvidenceStore.claim(run.evidence, decides)
         gather(run, chosen, model, progress)
         return judge_probing(run, progress)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from lightleak.audits.settings import FEWEST_PAIRS, ProbingSettings
 from lightleak.errors import UserError
@@ -94,12 +96,9 @@ def split(records: Sequence[Record], personas: int, each: int, *, seed: int) -> 
     Raises:
         UserError: a quarter does not give two images a persona.
     """
-    units: dict[str, list[Record]] = {}
-    for record in records:
-        key = f"group {record.group}" if record.group is not None else _digest(record.image)
-        units.setdefault(key, []).append(record)
+    units = _units(records)
     order = np.random.default_rng([seed, _SPLIT]).permutation(len(units))
-    shuffled = [list(units.values())[i] for i in order]
+    shuffled = [units[i] for i in order]
     quarter = int(_MOST_ASIDE * len(shuffled))
     if quarter < FEWEST_IMAGES * personas:
         least, best = (round(n * personas / _MOST_ASIDE) for n in (FEWEST_IMAGES, each))
@@ -112,6 +111,25 @@ def split(records: Sequence[Record], personas: int, each: int, *, seed: int) -> 
     parts = shuffled[:aside], shuffled[aside : aside + tested], shuffled[aside + tested :]
     probing, utility, training = (tuple(chain.from_iterable(part)) for part in parts)
     return Data(training, probing, utility)
+
+
+def _units(records: Sequence[Record]) -> list[list[Record]]:
+    """Records that share an image or a group, or that others tie together, as one."""
+    number: dict[str, int] = {}
+    ties = []
+    for record in records:
+        image = number.setdefault(f"image {_digest(record.image)}", len(number))
+        group = image
+        if record.group is not None:
+            group = number.setdefault(f"group {record.group}", len(number))
+        ties.append((image, group))
+    shape = (len(number), len(number))
+    graph = coo_array((np.ones(len(ties)), tuple(zip(*ties, strict=True))), shape=shape)
+    unit_of = connected_components(graph, directed=False)[1]
+    units: dict[int, list[Record]] = {}
+    for record, (image, _) in zip(records, ties, strict=True):
+        units.setdefault(int(unit_of[image]), []).append(record)
+    return list(units.values())
 
 
 @lru_cache(maxsize=65536)
@@ -245,12 +263,11 @@ def _pairs(pools: Mapping[str, Sequence[Record]], seed: Sequence[int]) -> dict[s
             "--seen and --unseen",
             f"Give at least {FEWEST_PAIRS} of each, better twenty.",
         )
-    if None not in seen.values() and sorted(map(str, seen.values())) == sorted(
-        map(str, unseen.values())
-    ):
-        numbers = {str(pair): i for i, pair in enumerate(seen.values())}
-        if len(numbers) == len(seen):
-            return {key: numbers[str(pair)] for key, pair in (*seen.items(), *unseen.items())}
+    drawn = [{str(pair): key for key, pair in pool.items()} for pool in (seen, unseen)]
+    known = [pair for pair in drawn[0] if pair in drawn[1] and pair != "None"]
+    if len(known) >= FEWEST_PAIRS:
+        # One whose partner is missing is left out; its images say nothing of anybody else.
+        return {side[pair]: i for i, pair in enumerate(known) for side in drawn}
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(sorted(pool)).tolist() for pool in (seen, unseen)]
     return {

@@ -42,6 +42,9 @@ def write_outputs(run: Run, evidence: StoredProbe) -> list[OutputFinding]:
                         t if field == ALL else t.filter(pc.equal(t["field"], field))
                         for t in of_pool
                     ]
+                    # Where all have one value there is none to prefer it to.
+                    if all(t["preferred"].null_count == t.num_rows for t in chosen):
+                        continue
                     exact, preference = (
                         _share([_by_persona(t, column) for t in chosen])
                         for column in ("exact", "preferred")
@@ -57,7 +60,7 @@ def write_outputs(run: Run, evidence: StoredProbe) -> list[OutputFinding]:
                             **_columns("preference", preference),
                         }
                     )
-    write_table(run.output_view_file, pa.Table.from_pylist(rows))
+    write_table(run.output_view_file, pa.Table.from_pylist(rows, schema=_ANSWERS))
     return [
         OutputFinding(
             condition=row["condition"],
@@ -72,6 +75,22 @@ def write_outputs(run: Run, evidence: StoredProbe) -> list[OutputFinding]:
     ]
 
 
+_ANSWERS = pa.schema(
+    {
+        "seed": pa.int64(),
+        "condition": pa.string(),
+        "rate": pa.float64(),
+        "pool": pa.string(),
+        "field": pa.string(),
+        **{
+            f"{name}{end}": pa.float64()
+            for name in ("exact", "preference")
+            for end in ("", "_low", "_high")
+        },
+    }
+)
+
+
 def _answers(evidence: StoredProbe, seed: int, condition: Condition) -> pa.Table:
     """Each question with whether it is answered exactly, and whether its own value is preferred."""
     own = evidence.parts("states", seed, condition, ["id", "exact", "logprob"])
@@ -80,14 +99,14 @@ def _answers(evidence: StoredProbe, seed: int, condition: Condition) -> pa.Table
     apart = joined["logprob"].to_numpy() - joined["foil"].to_numpy()
     preferred = np.where(np.isnan(apart), np.nan, (1 + np.sign(apart)) / 2)
     pools = np.where(joined["code"].to_numpy() % 2 == 0, "seen", "unseen")
-    return joined.append_column("preferred", pa.array(preferred)).append_column(
+    return joined.append_column("preferred", pa.array(preferred, from_pandas=True)).append_column(
         "pool", pa.array(pools.tolist())
     )
 
 
 def _by_persona(table: pa.Table, column: str) -> Floats:
     """The mean of each persona; NaN is left out."""
-    values = table[column].cast(pa.float64()).to_numpy()
+    values = table[column].cast(pa.float64()).fill_null(float("nan")).to_numpy()
     personas = np.unique(table["persona"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
     known = ~np.isnan(values)
     counts = np.bincount(personas[known], minlength=personas.max() + 1)

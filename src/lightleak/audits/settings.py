@@ -264,6 +264,11 @@ class ProbingSettings(TargetSettings):
             raise ValueError("an adapter is put on by the fine-tuning itself: merge the one given")
         if not any(self.rates) or any(not 0 <= rate <= 1 for rate in self.rates):
             raise ValueError("rates are shares from 0 to 1, one at least above 0")
+        asked = sum(rate > 0 for rate in set(self.rates))
+        if self.data is not None and 2 ** (1 - self.personas) * asked > self.cutoffs.alpha:
+            raise ValueError(
+                f"{self.personas} personas cannot reach the level with {asked} rates; use more"
+            )
         for name in self.fields:
             if name not in FIELDS:
                 raise ValueError(f"there is no field {name!r}; there are {', '.join(FIELDS)}")

@@ -59,6 +59,12 @@ class StoredProbe:
         )
 
     @property
+    def level(self) -> float:
+        """The level of each test that Holm's correction leaves at the least."""
+        tuned = [each for each in self.conditions if each.kind == "tuned"]
+        return self.cutoffs.alpha / max(1, len(tuned))
+
+    @property
     def pairs(self) -> int:
         """Of personas, in each repeat."""
         return len(pc.unique(self.questions[self.seeds[0]]["code"])) // 2
@@ -127,7 +133,12 @@ class StoredProbe:
 
     def probe(self, seed: int, condition: Condition) -> dict[Cell, Probed]:
         """Every cell of a condition, under all labellings."""
-        flips = st.draw_flips(self.pairs, self.settings["permutations"], self.random(seed))
+        flips = st.draw_flips(
+            self.pairs,
+            self.settings["permutations"],
+            self.random(seed),
+            listed=len(self.seeds) == 1,
+        )
         found = {}
         for cell in self.cells(condition):
             asked, states = self.states(seed, condition, cell)

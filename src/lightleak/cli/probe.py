@@ -50,6 +50,18 @@ def numbers(text: str, option: str) -> list[float]:
         ) from error
 
 
+def whole(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    found = numbers(text, option)
+    if not all(number.is_integer() for number in found):
+        raise UserError("whole numbers are wanted", f"{option} {text}", "For example: 1,2,4.")
+    return [int(number) for number in found]
+
+
 def probe(
     target: Annotated[
         str, typer.Option(help="Model folder or hub id: with --data the base to fine-tune.")
@@ -164,7 +176,7 @@ def probe(
         images_per_persona=images_per_persona,
         planted=planted,
         batches=batches,
-        sizes=tuple(int(size) for size in numbers(sizes, "--sizes")),
+        sizes=tuple(whole(sizes, "--sizes")),
         matrices=matrices,
         permutations=permutations,
         method=method.value,

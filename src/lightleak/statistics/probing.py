@@ -35,17 +35,18 @@ ROUNDING = 1e-9
 POWER = 0.9
 
 
-def draw_flips(n_pairs: int, n: int, seed: int) -> Integers:
+def draw_flips(n_pairs: int, n: int, seed: int, *, listed: bool = True) -> Integers:
     """Labellings of the pairs: +1 as it was, −1 exchanged; shape (n + 1, n_pairs).
 
     Row 0 is the labelling as it was. When there are no more than n + 1 labellings, each is listed
-    once and a test over them is exact; otherwise `n` are drawn.
+    once and a test over them is exact; otherwise, and where several runs with labellings of their
+    own are put together (`listed` false), `n` are drawn.
 
     The opposite labelling makes the same probe, so no p-value falls below 2 / 2^n_pairs.
 
     Source: Hemerik and Goeman (2018), TEST 27:811, theorem 2.
     """
-    if 2**n_pairs <= n + 1:
+    if listed and 2**n_pairs <= n + 1:
         return np.array(list(product((1, -1), repeat=n_pairs)), dtype=np.int64)
     flips = np.random.default_rng(seed).choice([1, -1], size=(n + 1, n_pairs))
     flips[0] = 1

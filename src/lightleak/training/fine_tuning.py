@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from lightleak.errors import UserError
@@ -116,7 +117,7 @@ def fine_tune(
     )
     trainer.remove_callback(PrinterCallback)
     with quiet():
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+        result = trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
     if not torch.isfinite(torch.tensor(result.training_loss)):
         raise UserError("training did not converge: its loss is not finite", str(out))
     tuned.model.eval().requires_grad_(False)
@@ -132,10 +133,25 @@ def fine_tune(
     building.replace(out)
 
 
+def _last_whole(checkpoints: Path) -> str | None:
+    """The last checkpoint, those that a kill cut short removed; their state is written last."""
+    for folder in checkpoints.iterdir():
+        if not (folder / TRAINER_STATE_NAME).is_file():
+            shutil.rmtree(folder)
+    found = get_last_checkpoint(str(checkpoints))
+    return None if found is None else str(found)
+
+
 def _prepared(target: GenerativeTarget, recipe: FineTuning) -> GenerativeTarget:
     """The target with exactly what the recipe trains asking for gradients."""
     parts = target.parts
     if recipe.method == "full":
+        if target.dtype.itemsize < 4:
+            raise UserError(
+                "steps as small as these are lost in half precision",
+                target.name,
+                "Train all weights with --dtype float32, or an adapter.",
+            )
         for name, parameter in target.model.named_parameters():
             below = bool(parts.vision_tower) and name.startswith(f"{parts.vision_tower}.")
             parameter.requires_grad_(recipe.vision or not below)

@@ -81,11 +81,11 @@ class Legibility:
     line_height: float
 
 
-def legibility(marked: Sequence[Marked], resolution: int | None, *, seed: int) -> Legibility:
+def legibility(marked: Sequence[Marked], resolution: int | None, *, seed: int) -> Legibility | None:
     """Name the persona from the watermark's pixels, at the resolution of the model.
 
     The watermark is cut out where it is known to be, so that only its resolution and its ground
-    stand in the way. Images of one base lie in one fold.
+    stand in the way. Images of one base lie in one fold; with a single base nothing is known.
 
     Args:
         marked: images with their watermarks.
@@ -96,7 +96,9 @@ def legibility(marked: Sequence[Marked], resolution: int | None, *, seed: int) -
     pixels = np.array([each for each, _ in cut])
     personas = np.array([each.persona for each in marked])
     bases = np.array([each.base for each in marked])
-    folds = GroupKFold(_FOLDS, shuffle=True, random_state=seed)
+    if len(set(bases.tolist())) < 2:
+        return None
+    folds = GroupKFold(min(_FOLDS, len(set(bases.tolist()))), shuffle=True, random_state=seed)
     # As strong as the pixels' own spread: there are far more of them than images.
     probe = RidgeClassifier(alpha=float(pixels.var(axis=0).sum()))
     named = cross_val_predict(probe, pixels, personas, groups=bases, cv=folds)

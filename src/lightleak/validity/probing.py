@@ -205,7 +205,8 @@ def decide_probing(
         *(
             f"In {each.name}, only a gain of {100 * each.detectable:.0f} points or more would have "
             f"been found; {100 * cutoffs.detectable:.0f} are wanted: use more personas or seeds."
-            for each in tuned
+            # A trace scatters more than its absence: the planted one says what could be found.
+            for each in (*tuned, *planted)
             if each.detectable > cutoffs.detectable
         ),
     ]
