@@ -22,6 +22,8 @@ Floats = npt.NDArray[np.float64]
 
 _DIMENSIONS = 100
 _PERPLEXITY = 30
+# Drawn evenly; t-SNE compares all with all, since its shortcut takes minutes on points that coincide.
+_MOST_DRAWN = 1000
 
 
 def _answering(evidence: StoredProbe) -> list[Condition]:
@@ -248,11 +250,15 @@ def projections(evidence: StoredProbe) -> pa.Table:
         tower, layer, _ = cell
         first = next(one for one in evidence.cells(condition) if one[:2] == (tower, layer))
         asked, states = evidence.states(seed, condition, first)
+        shown = np.linspace(0, len(states) - 1, min(_MOST_DRAWN, len(states))).astype(np.int64)
+        asked, states = asked.take(shown), states[shown]
         reduced = PCA(min(_DIMENSIONS, *states.shape), random_state=0).fit_transform(states)
         perplexity = min(_PERPLEXITY, (len(states) - 1) / 3)
         planes = {
             "pca": reduced[:, :2],
-            "tsne": TSNE(perplexity=perplexity, random_state=0, init="pca").fit_transform(reduced),
+            "tsne": TSNE(
+                perplexity=perplexity, random_state=0, init="pca", method="exact"
+            ).fit_transform(reduced),
         }
         rows += [
             {
