@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 _DIMENSIONS = 100
 _PERPLEXITY = 30
-# Drawn evenly; t-SNE compares all with all, since its shortcut takes minutes on points that coincide.
+# Drawn evenly; t-SNE compares all with all: its shortcut takes minutes where points coincide.
 _MOST_DRAWN = 1000
 
 
