@@ -32,6 +32,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from scipy import stats
 
 from lightleak import lab, targets
@@ -270,6 +271,7 @@ def main() -> None:
     parser.add_argument("--only", choices=[*parts, "figure"])
     parser.add_argument("--work", type=Path, default=Path("probing-benchmark"))
     given = parser.parse_args()
+    torch.set_num_threads(1)
     given.work.mkdir(exist_ok=True)
     if given.only is None:
         shutil.rmtree(given.work)

@@ -182,7 +182,7 @@ def checks(contents: Contents) -> list[Check]:
         *_controls(verdict),
         *_planted(verdict),
         _legible(verdict),
-        *(_power(verdict, each) for each in verdict.tuned),
+        *(_power(verdict, each) for each in verdict.conditions if each.kind != "control"),
         *_task(verdict),
         _coverage(verdict),
     ]
