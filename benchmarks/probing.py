@@ -5,7 +5,6 @@
 
 experiment: `lightleak lab build vqa` and `lightleak probe` with probing.toml: three repeats of
 rates 0, 50 and 100 %, planted trace, controls, gradients, answers, utility.
-gradients: mini-batches of the base under the watermark as published.
 null: two models that saw no persona (the base, and the one fine-tuned at rate 0), asked about
 pools drawn by lot from personas that nobody trained on; the max-T test may reject at its level.
 stream: states of 10,000 images to disk, with the memory that it takes (Linux only).
@@ -24,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,9 @@ from scipy import stats
 
 from lightleak import lab, targets
 from lightleak import statistics as st
-from lightleak.audits.probing_inputs import Augmented
-from lightleak.evidence.collect import BatchSize
-from lightleak.evidence.dynamics import Cosines, batch_gradients
-from lightleak.evidence.gradients import GradientEngine, select
 from lightleak.evidence.hidden import layers, read_hidden
-from lightleak.evidence.selfcheck import self_check
 from lightleak.lab import vqa
-from lightleak.planting import QUESTIONS, Style, draw_personas, draw_pools, inject, stamp
+from lightleak.planting import QUESTIONS, Style, draw_personas, stamp
 from lightleak.records import Record, load
 from lightleak.runs import write_json
 
@@ -75,45 +69,6 @@ def experiment(work: Path) -> dict[str, Any]:
             for row in pq.read_table(work / "run" / "dynamics.parquet").to_pylist()
             if row["seed"] is None
         ],
-    }
-
-
-def gradients(work: Path) -> dict[str, Any]:
-    """Mini-batch gradients of the base under the watermark as published, which it cannot read."""
-    target = targets.load(work / "lab" / "target", device="cpu")
-    own = load(work / "lab" / "nonmembers.jsonl").records[:800]
-    pools = draw_pools(PAIRS, seed=0)
-    marked = load(inject(own, pools.seen, work / "faint", rate=1, seed=0).records_file).records
-    engine = GradientEngine(target, select(target, "all"))
-    unreached = self_check(target, engine, own, BatchSize())
-    engine = GradientEngine(target, engine.selection.without(unreached))
-    variants: dict[str, Sequence[Record]] = {"original": own, "watermark": marked}
-    for name in ("image", "text"):
-        variants[name] = Augmented(own, [0, 1], image=name == "image")
-    found = Cosines.of(batch_gradients(target, engine, variants, batches=100, seed=0).table)
-    names = [name for name in found.comparisons if name != "original"]
-    again = found.comparisons.index("original")
-    pairs = [(found.comparisons.index(name), again) for name in names]
-    every = found.layers.index("all")
-    said = st.batch_dynamics(found.values[..., every], found.sizes, pairs, seed=0)
-    means, trends = said.cosines, said.trends
-    return {
-        "cosines": [
-            {
-                "batch_size": size,
-                "comparison": name,
-                "layer": "all",
-                "cosine": float(means.value[i, j]),
-                "low": float(means.low[i, j]),
-                "high": float(means.high[i, j]),
-            }
-            for i, size in enumerate(found.sizes)
-            for j, name in enumerate(found.comparisons)
-        ],
-        "trend of the cosine, each doubling": {
-            name: [float(trends.value[i]), float(trends.low[i]), float(trends.high[i])]
-            for i, name in enumerate(names)
-        },
     }
 
 
@@ -223,7 +178,7 @@ def draw(results: dict[str, Any]) -> None:
     left.set_xticks(range(len(places)), [f"{t[:4]} {i}" for t, i in places], rotation=45)
     left.set(ylabel="seen told from unseen:\npoints above the base", xlabel="layer")
     left.legend(frameon=False)
-    rows = results["gradients"]["cosines"]
+    rows = [r for r in results["experiment"]["dynamics"] if r["layer"] == "all"]
     for name, colour in (
         ("watermark", "#0b5c94"),
         ("image", "#d97706"),
@@ -237,7 +192,6 @@ def draw(results: dict[str, Any]) -> None:
         middle.fill_between(sizes, turn[1], turn[2], color=colour, alpha=0.15, lw=0)
     middle.set(
         xscale="log",
-        yscale="log",
         xlabel="records in a batch",
         ylabel="1 − cosine with the original's gradient",
     )
@@ -263,7 +217,6 @@ def main() -> None:
     """Run what is asked for, beside what was measured before."""
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "experiment": experiment,
-        "gradients": gradients,
         "null": null,
         "stream": stream,
     }
