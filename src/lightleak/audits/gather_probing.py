@@ -123,12 +123,15 @@ def gather(run: Run, settings: ProbingSettings, target: Target, progress: Progre
         with progress.stage("Marking images", len(seeds)) as advance:
             each([job for job in jobs if job.condition == BASE], mark, settings.workers, advance)
     for job in jobs:
-        if job.condition == PIXELS:
+        questions = run.evidence / f"questions-{job.seed}.parquet"
+        if not questions.is_file():
             asked, failures = _asked(job)
-            write_table(run.evidence / f"questions-{job.seed}.parquet", _questions_table(asked))
             given = read_data(settings).failures if settings.data is not None else ()
-            everything = (*given, *_unmarked(job), *failures)
-            write_table(run.evidence / f"failed-{job.seed}.parquet", failures_table(everything))
+            write_table(
+                run.evidence / f"failed-{job.seed}.parquet",
+                failures_table((*given, *_unmarked(job), *failures)),
+            )
+            write_table(questions, _questions_table(asked))
     with progress.stage("Fine-tuning and reading models", len(jobs)) as advance:
         each(jobs, perform, settings.workers, advance)
     write_json(run.evidence / "probing.json", _about(settings, target, jobs))
