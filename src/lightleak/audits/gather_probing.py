@@ -29,9 +29,10 @@ from lightleak.audits.probing_inputs import (
     conditions,
     decided,
     foils,
-    pools,
+    given_pools,
     read_data,
     read_questions,
+    seed_of_repeat,
     split,
 )
 from lightleak.audits.settings import ProbingSettings
@@ -94,12 +95,7 @@ def gather(run: Run, settings: ProbingSettings, target: Target, progress: Progre
     Raises:
         UserError: input that cannot be used.
     """
-    if not isinstance(target, GenerativeTarget):
-        raise UserError(
-            f"this is a {target.kind} target, and a probe asks questions",
-            settings.target,
-            "Give an image-text-to-text model.",
-        )
+    target = _generative(target)
     if settings.data is not None:
         if target.has_adapter:
             raise UserError(
@@ -142,25 +138,20 @@ def _about(settings: ProbingSettings, target: GenerativeTarget, jobs: Sequence[J
     experiment = settings.data is not None
     return {
         "seeds": sorted({job.seed for job in jobs}),
-        "rates": list(settings.rates) if experiment else [],
         "conditions": [[one.name, one.kind, one.rate] for one in conditions(settings)],
         "layers": [
             {"tower": one.tower, "layer": one.index, "name": one.name} for one in layers(target)
         ],
-        "resolution": target.resolution,
         "images_wanted": settings.personas * settings.images_per_persona if experiment else None,
         "records_trained_on": len(_split(settings).training) if experiment else None,
         "records_of_the_task": len(_split(settings).utility) if experiment else None,
-        "dynamics": {"matrices": settings.matrices, "batches": settings.batches}
-        if experiment and settings.batches
-        else None,
     }
 
 
 def _first_records(settings: ProbingSettings) -> Sequence[Record]:
     if settings.data is not None:
         return read_data(settings).records
-    return [one.record for one in read_questions(pools(settings), settings, 0)[0]]
+    return [one.record for one in read_questions(given_pools(settings), settings, 0)[0]]
 
 
 def mark(job: Job) -> None:
@@ -189,7 +180,7 @@ def _inject(job: Job, records: Sequence[Record], personas: Any, rate: float, out
 
 
 def _seed(job: Job) -> int:
-    return job.settings.seed + 1000 * job.seed
+    return seed_of_repeat(job.settings.seed, job.seed)
 
 
 def _split(settings: ProbingSettings) -> Data:
@@ -203,7 +194,7 @@ def _asked(job: Job) -> tuple[list[Question], list[Failure]]:
         pool: job.marked / "probing" / pool for pool in ("seen", "unseen")
     }
     own = job.settings.data is None
-    return read_questions(pools(job.settings) if own else folders, job.settings, job.seed)
+    return read_questions(given_pools(job.settings) if own else folders, job.settings, job.seed)
 
 
 def _unmarked(job: Job) -> list[Failure]:
@@ -277,7 +268,9 @@ class _LazyTarget:
 def _generative(target: Target) -> GenerativeTarget:
     if not isinstance(target, GenerativeTarget):
         raise UserError(
-            "a probe asks questions: an image-text-to-text model is needed", target.name
+            f"this is a {target.kind} target, and a probe asks questions",
+            target.name,
+            "Give an image-text-to-text model.",
         )
     return target
 

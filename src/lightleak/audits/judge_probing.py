@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,7 +32,6 @@ from lightleak.validity.probing import (
     decide_probing,
 )
 
-Floats = npt.NDArray[np.float64]
 # Intervals of one repeat are drawn, not decided on.
 _RESAMPLES = 2000
 

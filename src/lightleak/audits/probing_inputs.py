@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from lightleak.audits.settings import FEWEST_PAIRS, ProbingSettings
 from lightleak.errors import UserError
 from lightleak.evidence.augment import augment_image, augment_text
 from lightleak.planting import FEWEST_IMAGES, FIELDS, Persona, draw_personas
-from lightleak.records import Failure, Record, RecordSet, image_bytes, load, open_rgb
+from lightleak.records import Failure, Record, RecordSet, image_sha256, load, open_rgb
 from lightleak.validity.probing import Kind
 
 # More than this share of the images is never taken from the training.
@@ -54,6 +53,16 @@ class Condition:
 BASE, PLANTED = Condition("base", None), Condition("planted", "planted", 1.0)
 RANDOM, PIXELS = Condition("random weights", "control"), Condition("pixels", "control")
 TARGET = Condition("target", "tuned")
+
+
+def seed_of_repeat(seed: int, repeat: int) -> int:
+    """What a repeat draws with: its personas, places, order and labellings.
+
+    Args:
+        seed: of the whole run.
+        repeat: from 0.
+    """
+    return seed + 1000 * repeat
 
 
 def conditions(settings: ProbingSettings) -> list[Condition]:
@@ -132,9 +141,7 @@ def _units(records: Sequence[Record]) -> list[list[Record]]:
     return list(units.values())
 
 
-@lru_cache(maxsize=65536)
-def _digest(image: Path | bytes) -> str:
-    return hashlib.sha256(image_bytes(image)).hexdigest()
+_digest = lru_cache(maxsize=65536)(image_sha256)
 
 
 def read_data(settings: ProbingSettings) -> RecordSet:
@@ -152,7 +159,7 @@ def hashes(settings: ProbingSettings) -> dict[str, str]:
         return {"data records": read_data(settings).sha256}
     return {
         f"{pool} records": _load_pool(folder, settings).sha256
-        for pool, folder in pools(settings).items()
+        for pool, folder in given_pools(settings).items()
     }
 
 
@@ -270,12 +277,11 @@ def _pairs(pools: Mapping[str, Sequence[Record]], seed: Sequence[int]) -> dict[s
         return {side[pair]: i for i, pair in enumerate(known) for side in drawn}
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(sorted(pool)).tolist() for pool in (seen, unseen)]
-    return {
-        key: i for pair in [zip(*orders, strict=False)] for i, two in enumerate(pair) for key in two
-    }
+    return {key: i for i, pair in enumerate(zip(*orders, strict=False)) for key in pair}
 
 
-def pools(settings: ProbingSettings) -> dict[str, str | Path]:
+def given_pools(settings: ProbingSettings) -> dict[str, str | Path]:
+    """Where the records of both pools are, of a model that somebody else fine-tuned."""
     return {"seen": settings.seen or "", "unseen": settings.unseen or ""}
 
 
@@ -291,13 +297,13 @@ def decided(
     images = dict.fromkeys(shown.values())
     lots = np.random.default_rng(seed).permutation(len(images)) < len(images) / 2
     of_image = dict(zip(images, lots.tolist(), strict=True))
-    decided = {key: of_image[image] for key, image in shown.items()}
+    often = {key: of_image[image] for key, image in shown.items()}
     answers = [text for text, _ in Counter(record.text for record in records).most_common(2)]
     answer = {True: answers[0], False: answers[1] if len(answers) > 1 else "none"}
     pool = {True: cycle(seen), False: cycle(draw_personas(len(seen), seed=seed[0] + 2**20))}
     return (
-        [replace(record, text=answer[decided[record.id]]) for record in records],
-        lambda record: next(pool[decided[record.id]]),
+        [replace(record, text=answer[often[record.id]]) for record in records],
+        lambda record: next(pool[often[record.id]]),
     )
 
 

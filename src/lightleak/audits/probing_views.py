@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightleak import statistics as st
-from lightleak.audits.probing_inputs import Condition
+from lightleak.audits.probing_inputs import PIXELS, RANDOM, Condition
 from lightleak.audits.stored_probe import StoredProbe
 from lightleak.evidence.dynamics import ALL, ORIGINAL, Cosines
 from lightleak.runs import Run, write_table
@@ -27,10 +27,11 @@ _MOST_DRAWN = 1000
 
 
 def _answering(evidence: StoredProbe) -> list[Condition]:
-    return [each for each in evidence.conditions if each.name not in ("random weights", "pixels")]
+    return [each for each in evidence.conditions if each not in (RANDOM, PIXELS)]
 
 
 def write_outputs(run: Run, evidence: StoredProbe) -> list[OutputFinding]:
+    """What the answers show, by condition, pool and field; those to all fields together."""
     rows: list[dict[str, Any]] = []
     for condition in _answering(evidence):
         tables = {seed: _answers(evidence, seed, condition) for seed in evidence.seeds}
@@ -130,6 +131,7 @@ def _columns(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def write_utility(run: Run, evidence: StoredProbe) -> list[UtilityFinding]:
+    """How well the task is done, by condition; nothing of a model somebody else fine-tuned."""
     if evidence.settings["data"] is None:
         return []
     exact: dict[str, dict[int, dict[str, float]]] = {}
@@ -180,6 +182,7 @@ def write_utility(run: Run, evidence: StoredProbe) -> list[UtilityFinding]:
 
 
 def write_dynamics(run: Run, evidence: StoredProbe) -> tuple[list[TurnFinding], list[TrendFinding]]:
+    """How far the base's gradients are turned, by batch size, and how that changes with it."""
     if evidence.settings["data"] is None or not evidence.settings["batches"]:
         return [], []
     base = evidence.conditions[0]

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightleak import statistics as st
-from lightleak.audits.probing_inputs import Condition
+from lightleak.audits.probing_inputs import PIXELS, Condition, seed_of_repeat
 from lightleak.errors import UserError
 from lightleak.evidence.table import matrix
 from lightleak.runs import Run, read_json
@@ -78,11 +78,11 @@ class StoredProbe:
 
     def random(self, seed: int) -> int:
         """A seed of a repeat's own."""
-        return int(self.settings["seed"]) + 1000 * seed
+        return seed_of_repeat(self.settings["seed"], seed)
 
     def cells(self, condition: Condition) -> Iterator[Cell]:
         """Where a condition is probed, in the order data flows."""
-        if condition.name == "pixels":
+        if condition == PIXELS:
             yield "pixels", 0, IMAGE
             return
         fields = pc.unique(self.questions[self.seeds[0]]["field"]).to_pylist()

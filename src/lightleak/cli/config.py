@@ -5,11 +5,27 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from lightleak.errors import UserError
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers(text: str, option: str, kind: type[Number], example: str) -> list[Number]:
+    """Numbers with commas between.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            "numbers with commas between are wanted", f"{option} {text}", f"For example: {example}."
+        ) from error
 
 
 def _load(context: typer.Context, file: Path | None) -> Path | None:

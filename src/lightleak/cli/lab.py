@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lightleak.cli.config import numbers
 from lightleak.cli.console import Bars, output
-from lightleak.errors import UserError
 
 app = typer.Typer(help="Targets that lightleak trains itself, so that the truth is known.")
 
@@ -55,7 +55,7 @@ def build(
         nonmembers=nonmembers,
         epochs=epochs,
         caption_shift=caption_shift,
-        copies=None if copies is None else _numbers(copies),
+        copies=None if copies is None else numbers(copies, "--copies", int, "1,5,25"),
         attack_photos=attack_photos,
         progress=Bars(),
     )
@@ -63,12 +63,3 @@ def build(
         path = getattr(made, name)
         if path is not None:
             output.print(f"{name:<11}{path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            "numbers with commas between are wanted", f"--copies {text}", "For example: 1,5,25."
-        ) from error

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lightleak.cli.config import Config
+from lightleak.cli.config import Config, numbers
 from lightleak.cli.console import Bars, errors, show_probe
 from lightleak.errors import UserError
 
@@ -36,27 +36,13 @@ class Place(StrEnum):
     FIXED = "fixed"
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """Numbers with commas between.
-
-    Raises:
-        UserError: one of them is none.
-    """
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            "numbers with commas between are wanted", f"{option} {text}", "For example: 0,0.5,1."
-        ) from error
-
-
 def whole(text: str, option: str) -> list[int]:
     """Whole numbers with commas between.
 
     Raises:
         UserError: one of them is none.
     """
-    found = numbers(text, option)
+    found = numbers(text, option, float, "1,2,4")
     if not all(number.is_integer() for number in found):
         raise UserError("whole numbers are wanted", f"{option} {text}", "For example: 1,2,4.")
     return [int(number) for number in found]
@@ -170,7 +156,7 @@ def probe(
         data=data,
         seen=seen,
         unseen=unseen,
-        rates=tuple(numbers(rates, "--rates")),
+        rates=tuple(numbers(rates, "--rates", float, "0,0.5,1")),
         seeds=seeds,
         personas=personas,
         images_per_persona=images_per_persona,

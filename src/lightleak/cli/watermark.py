@@ -31,13 +31,13 @@ def watermark(
     Example: lightleak watermark --data vqa.jsonl --probing other.jsonl --rate 0.5 --out marked
     """
     from lightleak.planting import Style, draw_pools, inject, probing_sets
-    from lightleak.records import image_bytes, load
+    from lightleak.records import image_sha256, load
 
     style = Style(alpha=alpha, plate=plate, position=position.value)
     pools = draw_pools(personas, seed=seed)
     loaded, images = load(data), load(probing)
-    both = {image_bytes(one.image) for one in loaded.records} & {
-        image_bytes(one.image) for one in images.records
+    both = {image_sha256(one.image) for one in loaded.records} & {
+        image_sha256(one.image) for one in images.records
     }
     if both:
         raise UserError(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightleak.evidence.collect import BatchSize, Progress, encode, plan, run
-from lightleak.evidence.gradients.engine import UnevenRows
+from lightleak.evidence.gradients.engine import by_record
 from lightleak.records import Failure, Record
 from lightleak.targets import Answers, Batch, GenerativeTarget
 
@@ -131,7 +131,7 @@ def read_hidden(
     """
     places = layers(target)
     ends = _end_tokens(target)
-    alone: dict[object, int] = {}
+    alone: dict[tuple[object, str], int] = {}
     found: dict[str, tuple[list[NDArray[np.float32]], bool, float]] = {}
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ def read_hidden(
                 last = [start - 1 for start, _ in batch.answers]
                 states[layer] = values[range(len(batch)), last].float()
             else:
-                rows = _by_record(layer, values, batch, alone)
+                rows = by_record(layer.column, values, batch, alone)
                 states[layer] = rows.mean(1, dtype=target.wide).float()
 
         with _watched(target.model, places, seen):
@@ -204,22 +204,6 @@ def _watched(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _by_record(layer: Layer, values: Tensor, batch: Batch, alone: dict[object, int]) -> Tensor:
-    """View a layer's output as (records, rows a record, features).
-
-    Towers may pack records or cut them into tiles. As in the gradient engine, records of equal
-    shape own equal runs of rows, and how many shows when a record of the shape is alone.
-    """
-    n, features = len(batch), values.shape[-1]
-    total = values.numel() // features
-    key = (batch.key, layer)
-    if n == 1:
-        alone[key] = total
-    elif not (values.ndim == 3 and len(values) == n) and alone.get(key, -1) * n != total:
-        raise UnevenRows
-    return values.reshape(n, total // n, features)
 
 
 def _end_tokens(target: GenerativeTarget) -> set[int]:

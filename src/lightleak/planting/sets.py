@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from lightleak.errors import UserError
 from lightleak.planting.personas import FIELDS, QUESTIONS, Persona, Pools
 from lightleak.planting.watermarks import PUBLISHED, Box, Style, stamp
-from lightleak.records import Failure, Record, image_bytes, open_rgb
+from lightleak.records import Failure, Record, image_sha256, open_rgb
 
 FEWEST_IMAGES = 2
 """A persona on one image alone could not be told from that image."""
@@ -322,10 +322,7 @@ class _Images:
 
     @staticmethod
     def of(records: Iterable[Record]) -> _Images:
-        @cache
-        def hashed(image: Path | bytes) -> str:
-            return sha256(image_bytes(image)).hexdigest()
-
+        hashed = cache(image_sha256)
         shown: dict[str, list[Record]] = {}
         failures: list[Failure] = []
         digest = sha256()

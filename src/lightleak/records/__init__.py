@@ -2,7 +2,7 @@
 
 from lightleak.records.check import readable
 from lightleak.records.folds import assign_folds
-from lightleak.records.images import image_bytes, open_rgb
+from lightleak.records.images import image_bytes, image_sha256, open_rgb
 from lightleak.records.load import load
 from lightleak.records.people import PeopleSet, Person, Photo, load_people
 from lightleak.records.record import DEFAULT_PROMPT, Failure, Record, RecordSet, content_sha256
@@ -18,6 +18,7 @@ __all__ = [
     "assign_folds",
     "content_sha256",
     "image_bytes",
+    "image_sha256",
     "load",
     "load_people",
     "open_rgb",

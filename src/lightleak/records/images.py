@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def image_bytes(source: Path | bytes) -> bytes:
         raise UserError(
             f"the image file cannot be read ({error.strerror})", _name(source), "Check the file."
         ) from error
+
+
+def image_sha256(source: Path | bytes) -> str:
+    """Hex digest of the encoded image.
+
+    Raises:
+        UserError: the file is missing or may not be read.
+    """
+    return sha256(image_bytes(source)).hexdigest()
 
 
 def open_rgb(source: Path | bytes) -> Image.Image:

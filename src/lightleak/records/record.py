@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from lightleak.records.images import image_bytes
+from lightleak.records.images import image_sha256
 
 DEFAULT_PROMPT = "Describe the image."
 
@@ -71,7 +71,7 @@ def content_sha256(records: Iterable[Record]) -> str:
     """
     digest = sha256()
     for record in records:
-        image = sha256(image_bytes(record.image)).hexdigest()
+        image = image_sha256(record.image)
         # A JSON array shows where each field ends, so no two sets share one stream of bytes.
         fields = [record.id, record.prompt, record.text, record.group, image]
         digest.update(json.dumps(fields).encode())

@@ -185,18 +185,33 @@ class GradientEngine:
         return set(self.selection.shapes) - reached
 
     def _by_record(self, name: str, rows: Tensor, batch: Batch) -> Tensor:
-        """View a layer's rows as (records, rows a record, features), in accumulation precision.
+        return by_record(name, rows, batch, self._rows).to(self.target.wide)
 
-        Vision towers may pack records or cut them into tiles; the records of a batch have equal
-        shapes, so each owns an equal run of rows. A tower that drops some rows breaks that, which
-        shows against what a record of this shape took when it was alone.
-        """
-        n, features = len(batch), rows.shape[-1]
-        total = rows.numel() // features
-        plain = rows.ndim == 3 and rows.shape[0] == n
-        key = (batch.key, name)
-        if n == 1:
-            self._rows[key] = total
-        elif not plain and self._rows.get(key, -1) * n != total:
-            raise UnevenRows
-        return rows.reshape(n, total // n, features).to(self.target.wide)
+
+def by_record(
+    name: str, rows: Tensor, batch: Batch, alone: dict[tuple[object, str], int]
+) -> Tensor:
+    """View a layer's rows as (records, rows a record, features).
+
+    Vision towers may pack records or cut them into tiles; the records of a batch have equal
+    shapes, so each owns an equal run of rows. A tower that drops some rows breaks that, which
+    shows against what a record of this shape took when it was alone.
+
+    Args:
+        name: of the layer.
+        rows: (…, features).
+        batch: whose they are.
+        alone: rows that a record takes, by batch shape and layer; learned from batches of one.
+
+    Raises:
+        UnevenRows: call again with one record at a time.
+    """
+    n, features = len(batch), rows.shape[-1]
+    total = rows.numel() // features
+    plain = rows.ndim == 3 and rows.shape[0] == n
+    key = (batch.key, name)
+    if n == 1:
+        alone[key] = total
+    elif not plain and alone.get(key, -1) * n != total:
+        raise UnevenRows
+    return rows.reshape(n, total // n, features)
