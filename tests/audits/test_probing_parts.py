@@ -221,6 +221,12 @@ def test_what_was_seen_is_found_in_the_model_and_layer_that_hold_it(tmp_path):
     assert all(one.p_value > 0.01 for one in verdict.conditions if one.kind == "control")
 
 
+def test_where_no_answer_differs_the_difference_may_lie_on_either_side(tmp_path):
+    verdict = judge_probing(write_evidence(tmp_path / "run", effect=0, seed=0))
+    low, high = next(one for one in verdict.utility if one.condition == "rate 1").difference_ci95
+    assert low == -high < 0
+
+
 def test_where_all_personas_have_one_value_none_is_preferred_to_it(tmp_path):
     verdict = judge_probing(write_evidence(tmp_path / "run", effect=0, seed=0, foils=False))
     assert verdict.outputs == []

@@ -126,6 +126,14 @@ def _share(by_unit: Sequence[Floats]) -> Estimate:
     return Estimate(float(found.value), float(found.low), float(found.high))
 
 
+def _difference(by_record: Floats) -> Estimate:
+    """A mean difference of shares; where no record differs, the truth may lie on either side."""
+    found = _share([by_record])
+    if not by_record.any():
+        return Estimate(0.0, -found.high, found.high)
+    return found
+
+
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
@@ -160,7 +168,7 @@ def write_utility(run: Run, evidence: StoredProbe) -> list[UtilityFinding]:
                     **(
                         dict.fromkeys(("difference", "difference_low", "difference_high"))
                         if base
-                        else _columns("difference", _share([after - before]))
+                        else _columns("difference", _difference(after - before))
                     ),
                 }
             )
