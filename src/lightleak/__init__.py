@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Verdict", "__version__", "audit", "identify", "judge", "probe", "write_report"]
+__all__ = [
+    "Verdict",
+    "__version__",
+    "audit",
+    "compare",
+    "identify",
+    "judge",
+    "probe",
+    "write_report",
+]
 
 if TYPE_CHECKING:
     from lightleak.audits.identity import identify
@@ -16,10 +25,12 @@ if TYPE_CHECKING:
     from lightleak.audits.membership import audit
     from lightleak.audits.probing import probe
     from lightleak.report import report as write_report
+    from lightleak.report.comparison import compare
     from lightleak.validity import Verdict
 
 _ROOMS = {
     "audit": ("lightleak.audits.membership", "audit"),
+    "compare": ("lightleak.report.comparison", "compare"),
     "identify": ("lightleak.audits.identity", "identify"),
     "judge": ("lightleak.audits.judge", "judge"),
     "probe": ("lightleak.audits.probing", "probe"),

@@ -9,12 +9,14 @@ from scipy.stats import norm
 
 from lightleak import signals
 from lightleak import statistics as st
-from lightleak.audits.judge import Compared, by_fold
+from lightleak.audits.set_tests import SetTests
 from lightleak.audits.settings import AuditSettings
+from lightleak.audits.stored import Compared
 from lightleak.evidence.readings import GradientSlices, SliceBlock, slice_axes
 from lightleak.signals import cross
 
 SETTINGS = AuditSettings.read(target="t", suspect="s", control="c")
+TESTS = SetTests(SETTINGS, "gradaudit")
 LEVEL, DRAWS = 0.05, 300
 
 
@@ -52,7 +54,7 @@ def test_level_of_crossed_fits():
     ours, pooled = [], []
     for _ in range(DRAWS):
         data = crossed_scores(rng)
-        ours.append(by_fold(SETTINGS, "gradaudit", data, test))
+        ours.append(TESTS.by_fold(data, test))
         pooled.append(test(data))
     assert np.mean(np.array(ours) <= LEVEL) <= LEVEL
     # Pooled, the statistic spreads wider than the test believes (measured: 1.2 times).
@@ -69,4 +71,4 @@ def test_a_real_alignment_is_still_found(effect):
     def test(part):
         return st.mann_whitney(part.scores[part.suspect], part.scores[~part.suspect])
 
-    assert by_fold(SETTINGS, "gradaudit", found, test) < 1e-4
+    assert TESTS.by_fold(found, test) < 1e-4

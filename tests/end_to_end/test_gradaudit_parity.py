@@ -10,7 +10,7 @@ from PIL import Image
 
 import naive_gradaudit as naive
 from lightleak import records, signals, targets
-from lightleak.audits import judge as judging
+from lightleak.audits import set_tests, stored
 from lightleak.audits.membership import audit
 from lightleak.audits.settings import AuditSettings
 from lightleak.runs import Run
@@ -62,8 +62,8 @@ def with_options(run, **options):
     given = Run(run).manifest()["settings"]
     given["options"]["gradaudit"].update(options)
     settings = AuditSettings.read(**given)
-    measured = judging.load(Run(run))
-    scores = judging.score(Run(run), settings, measured, "gradaudit")
+    measured = stored.load(Run(run))
+    scores = stored.score(settings, measured, "gradaudit")
     return scores[measured.audited]
 
 
@@ -249,5 +249,5 @@ def test_settings_of_a_run_are_read_back(tmp_path):
     given = {"target": "t", "suspect": "s", "control": "c", "options": {"mink": {"k": 0.1}}}
     settings = AuditSettings.read(**given)
     assert AuditSettings.read(**json.loads(settings.model_dump_json())) == settings
-    assert judging.crosses_folds(settings, "gradaudit")
-    assert not judging.crosses_folds(settings, "loss")
+    assert set_tests.crosses_folds(settings, "gradaudit")
+    assert not set_tests.crosses_folds(settings, "loss")

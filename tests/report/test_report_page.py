@@ -196,7 +196,7 @@ def test_ids_of_the_figures_do_not_clash_and_each_says_what_it_shows(judged):
     assert used
     assert set(used) <= set(ids)
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg" and "role" in attrs]
-    assert len(labels) == 5
+    assert len(labels) == 8
     assert any(f"AUC {verdict.primary.auc:.3f}, 95 % interval" in label for label in labels)
 
 

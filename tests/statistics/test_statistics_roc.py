@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
-from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from lightleak.statistics import (
     RocPoint,
@@ -17,11 +15,11 @@ from lightleak.statistics import (
     auc_bootstrap,
     auc_delong,
     clopper_pearson,
-    fpr_upper_bound,
     roc_curve,
     tpr_at_fpr,
     tpr_at_fpr_across_folds,
 )
+from lightleak.statistics.intervals import korn_graubard
 
 TIED_SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=30)
 
@@ -29,12 +27,6 @@ TIED_SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=30)
 def normal_scores(seed: int, members: int, nonmembers: int, shift: float = 0.0):
     rng = np.random.default_rng(seed)
     return rng.normal(shift, 1, members), rng.normal(0, 1, nonmembers)
-
-
-@given(TIED_SCORES, TIED_SCORES)
-def test_auc_is_sklearns_with_ties(member, nonmember):
-    labels = [1] * len(member) + [0] * len(nonmember)
-    assert auc(member, nonmember) == pytest.approx(roc_auc_score(labels, member + nonmember))
 
 
 @given(TIED_SCORES, TIED_SCORES)
@@ -49,17 +41,6 @@ def test_delong_interval_holds_its_value_and_flips_with_the_labels(member, nonme
     estimate, flipped = auc_delong(member, nonmember), auc_delong(nonmember, member)
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert flipped.low == pytest.approx(1 - estimate.high, abs=1e-9)
-
-
-def test_delong_standard_error_is_that_of_all_pairs_worked_out_by_hand():
-    member, nonmember = normal_scores(0, 17, 23, 0.5)
-    wins = (member[:, None] > nonmember[None, :]) + 0.5 * (member[:, None] == nonmember[None, :])
-    variance = wins.mean(1).var(ddof=1) / 17 + wins.mean(0).var(ddof=1) / 23
-    estimate = auc_delong(member, nonmember)
-    spread = np.log(estimate.high / (1 - estimate.high)) - np.log(estimate.low / (1 - estimate.low))
-    assert spread / 2 * estimate.value * (1 - estimate.value) == pytest.approx(
-        1.959964 * np.sqrt(variance), rel=1e-5
-    )
 
 
 def test_perfect_separation_gets_the_interval_of_as_many_disjoint_pairs():
@@ -153,17 +134,6 @@ def test_realised_fpr_never_exceeds_the_target(member, nonmember, fpr):
     assert point.fpr.value == max(share for share in let_through if share <= fpr + 1e-9)
 
 
-def test_tpr_is_the_highest_on_sklearns_curve_within_the_target():
-    member, nonmember = normal_scores(6, 500, 400, 1.0)
-    fpr, tpr, _ = sklearn_roc_curve(
-        np.repeat([1, 0], [500, 400]), np.concatenate([member, nonmember]), drop_intermediate=False
-    )
-    point = tpr_at_fpr(member, nonmember, 0.05)
-    assert isinstance(point, RocPoint)
-    assert point.tpr.value == tpr[fpr <= 0.05].max()
-    assert point.tpr == clopper_pearson(round(point.tpr.value * 500), 500)
-
-
 def test_a_calibrated_threshold_keeps_the_fpr_on_average():
     rng = np.random.default_rng(7)
     rates = []
@@ -195,18 +165,59 @@ def test_too_few_controls_are_said_to_be_too_few(fpr, needed):
     assert isinstance(tpr_at_fpr(np.ones(5), np.zeros(needed), fpr), RocPoint)
 
 
-@pytest.mark.parametrize(
-    ("controls", "fpr", "bound"),
-    [(300, 0.01, 0.0208), (800, 0.01, 0.0164), (1000, 0.001, 0.0030), (10_000, 0.001, 0.0016)],
-)
-def test_what_a_threshold_certifies(controls, fpr, bound):
-    k = int(fpr * (controls + 1))
-    assert fpr_upper_bound(controls, k) == pytest.approx(bound, abs=5e-5)
+@pytest.mark.parametrize("truth", [0.02, 0.3])
+@pytest.mark.parametrize("sizes", [[5] * 60, [3, 4, 6, 7] * 15])
+def test_rates_of_groups_that_agree_cover_where_those_of_records_do_not(truth, sizes):
+    groups = np.repeat(np.arange(60), sizes)
+    controls = np.arange(-100.0, 0.0)
+    covers = {"records": 0, "groups": 0}
+    for seed in range(300):
+        # Above all controls is detected; the records of a group are, or are not, together.
+        detected = np.random.default_rng(seed).random(60) < truth
+        members = np.where(detected, 1.0, -200.0)[groups]
+        for name, own in (("records", None), ("groups", groups)):
+            point = tpr_at_fpr(members, controls, 0.05, member_groups=own)
+            assert isinstance(point, RocPoint)
+            covers[name] += point.tpr.low <= truth <= point.tpr.high
+    assert covers["groups"] / 300 >= 0.93
+    assert covers["records"] / 300 <= 0.85
 
 
-def test_the_fewest_controls_that_certify_a_false_positive_rate():
-    for controls, fpr in ((299, 0.01), (2995, 0.001)):
-        assert fpr_upper_bound(controls, 1) <= fpr < fpr_upper_bound(controls - 1, 1)
+def test_rates_across_folds_are_over_groups_too():
+    member, nonmember = normal_scores(8, 60, 60, 1.0)
+    folds, groups = np.arange(240) % 2, np.repeat(np.arange(60), 4)
+
+    def point(**given_groups):
+        return tpr_at_fpr_across_folds(
+            member[groups], nonmember[groups], folds, folds, 0.05, **given_groups
+        )
+
+    plain, grouped = point(), point(member_groups=groups, nonmember_groups=groups)
+    detected = round(plain.tpr.value * 60)
+    assert plain.tpr == clopper_pearson(4 * detected, 240)
+    # Four records that are always alike are worth one.
+    exact = clopper_pearson(detected, 60)
+    assert (grouped.tpr.low, grouped.tpr.high) == pytest.approx((exact.low, exact.high), abs=0.01)
+    assert grouped.fpr.high - grouped.fpr.low > 1.5 * (plain.fpr.high - plain.fpr.low)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=1, max_size=40))
+def test_groups_never_tell_more_than_as_many_records_and_single_ones_as_much(records):
+    passed, groups = zip(*records, strict=True)
+    plain, grouped = clopper_pearson(sum(passed), len(passed)), korn_graubard(passed, groups)
+    assert grouped.value == pytest.approx(plain.value)
+    assert grouped.low <= plain.low + 1e-9
+    assert plain.high - 1e-9 <= grouped.high
+    single = korn_graubard(passed, range(len(passed)))
+    assert (single.low, single.high) == pytest.approx((plain.low, plain.high))
+
+
+def test_groups_without_any_success_or_failure_count_once_each():
+    groups = np.repeat(np.arange(20), 7)
+    for success in (0, 1):
+        expected = clopper_pearson(20 * success, 20)
+        grouped = korn_graubard(np.full(140, success), groups)
+        assert (grouped.low, grouped.high) == pytest.approx((expected.low, expected.high))
 
 
 @settings(max_examples=25, deadline=None)
@@ -232,6 +243,35 @@ def test_the_band_of_the_curve_covers_the_true_curve():
         covers.append((curve.low <= curve.fpr) & (curve.fpr <= curve.high))
     assert np.mean(covers) >= 0.9
     assert np.mean(covers) <= 0.99
+
+
+def test_the_band_over_groups_covers_where_that_over_records_does_not():
+    covers = {"records": [], "groups": []}
+    groups = np.arange(40).repeat(5)
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        sides = [rng.normal(size=40)[groups] + 0.2 * rng.normal(size=200) for _ in range(2)]
+        for name, own in (("records", None), ("groups", groups)):
+            curve = roc_curve(
+                *sides,
+                seed=seed,
+                replicates=300,
+                grid=np.array([0.3, 0.5, 0.7]),
+                member_groups=own,
+                nonmember_groups=own,
+            )
+            covers[name].append((curve.low <= curve.fpr) & (curve.fpr <= curve.high))
+    assert np.mean(covers["groups"]) >= 0.88
+    assert np.mean(covers["records"]) <= 0.75
+
+
+def test_one_group_a_side_is_drawn_as_it_is():
+    member, nonmember = normal_scores(9, 30, 20, 1.0)
+    curve = roc_curve(
+        member, nonmember, seed=0, member_groups=[0] * 30, nonmember_groups=[0] * 20, replicates=5
+    )
+    np.testing.assert_array_equal(curve.low, curve.tpr)
+    np.testing.assert_array_equal(curve.high, curve.tpr)
 
 
 @pytest.mark.parametrize("function", [auc, auc_delong])

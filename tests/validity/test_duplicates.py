@@ -5,13 +5,29 @@ from __future__ import annotations
 from io import BytesIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
+from lightleak.errors import UserError
+from lightleak.lab.corpora import scenes
 from lightleak.records import Record
-from lightleak.validity.duplicates import DuplicatePair, find_duplicates
+from lightleak.validity import duplicates
+from lightleak.validity.duplicates import DuplicatePair, find_duplicates, read_embeddings
 
 LONG = "a small red kettle stands beside the old blue lamp on a table"
+
+
+LONGER = (
+    "The kettle that we found in the kitchen of the old mill is red, has lost its lid, and leaks "
+    "where the spout was soldered on; behind it stands a lamp with a green shade, a gift of the "
+    "miller to his sister, who never lit it."
+)
+CHINESE = (
+    "厨房里有一只红色的小水壶，旁边放着一盏旧的蓝色台灯，桌子上还有三个苹果和一本打开的书，"
+    "窗外正下着雨，一只猫蹲在门口。"
+)
 
 
 def draw_picture(seed: int, side: int = 64) -> Image.Image:
@@ -83,6 +99,100 @@ def test_long_texts_count_by_themselves_and_short_ones_do_not():
     records = [record(number, draw_picture(number), text) for number, text in enumerate(texts)]
     found = find_duplicates(records, [True, False, True, False])
     assert found.across == (DuplicatePair(0, 1, "same text"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        (LONGER, LONGER.replace("green", "yellow")),
+        (LONGER, f"{LONGER} Photograph: the author."),
+        (CHINESE, CHINESE.replace("猫", "狗")),
+    ],
+    ids=["word", "credit", "no spaces"],
+)
+def test_a_long_text_that_was_changed_a_little_is_a_copy(text, changed):
+    texts = [text, LONG, changed, " ".join(reversed(LONGER.split())), text[: len(text) // 2]]
+    records = [record(number, draw_picture(number), each) for number, each in enumerate(texts)]
+    found = find_duplicates(records, [True, True, False, False, False])
+    assert found.across == (DuplicatePair(0, 2, "near-identical text"),)
+    assert found.within == ()
+
+
+def test_a_changed_text_is_paired_once_though_its_source_stands_there_many_times():
+    texts = [LONGER] * 30 + [LONGER.replace("green", "yellow")] * 30
+    records = [record(number, draw_picture(number), text) for number, text in enumerate(texts)]
+    found = find_duplicates(records, np.arange(60) < 30)
+    assert {pair.kind for pair in found.across} == {"near-identical text"}
+    assert {index for pair in found.across for index in (pair.first, pair.second)} == set(range(60))
+    assert len(found.across) < 60
+
+
+def test_texts_made_from_one_template_are_no_copies():
+    rng = np.random.default_rng(0)
+    texts = [scene.caption() for scene in scenes(700, seed=0)]
+    texts += [f"This picture was taken on a sunny day in the old town of {n}." for n in range(100)]
+    noise = rng.integers(0, 256, (len(texts), 16, 16, 3), dtype=np.uint8)
+    records = [
+        record(number, Image.fromarray(image), text)
+        for number, (image, text) in enumerate(zip(noise, texts, strict=True))
+    ]
+    found = find_duplicates(records, np.arange(len(texts)) % 2 == 0)
+    assert (found.across, found.within) == ((), ())
+
+
+def test_embeddings_that_nearly_agree_are_of_copies(monkeypatch):
+    monkeypatch.setattr(duplicates, "BLOCK_PAIRS", 60 * 52)
+    vectors = np.random.default_rng(0).normal(size=(60, 32))
+    vectors[55] = 3 * vectors[2] + 0.1 * vectors[3]
+    vectors[9] = -vectors[4]
+    records = [record(number, draw_picture(number)) for number in range(60)]
+    side = np.arange(60) < 30
+    found = find_duplicates(records, side, embeddings=vectors)
+    assert found.across == (DuplicatePair(2, 55, "near-identical embedding"),)
+    assert found.within == ()
+    stricter = find_duplicates(records, side, embeddings=vectors, cosine=0.9999)
+    assert (stricter.across, stricter.within) == ((), ())
+    alike = find_duplicates(records, side, embeddings=np.ones((60, 4)))
+    assert len(alike.across) + len(alike.within) < 2 * 60
+    assert len(set(alike.groups)) == 2
+
+
+def write_embeddings(file, rows):
+    ids, vectors = zip(*rows, strict=True)
+    pq.write_table(pa.table({"id": list(ids), "embedding": list(vectors)}), file)
+
+
+def test_embeddings_are_read_in_the_order_of_the_records(tmp_path):
+    write_embeddings(tmp_path / "e.parquet", [("a", [1.0, 2.0]), ("b", [3.0, 4.0]), ("c", [0, 1])])
+    read = read_embeddings(tmp_path / "e.parquet", ["c", "a"])
+    assert read.tolist() == [[0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("a", [1.0])], "1 record(s) have no embedding in it, the first 'b'"),
+        ([("a", [1.0, 2.0]), ("b", [1.0])], "b: it has 1 numbers"),
+        ([("a", [1.0, 2.0]), ("b", None)], "b: it has 0 numbers"),
+        ([("a", [1.0, 2.0]), ("b", [1.0, float("nan")])], "b: its embedding is zero or not finite"),
+        ([("a", [1.0, 2.0]), ("b", [None, 1.0])], "b: its embedding is zero or not finite"),
+        ([("a", [1.0, 2.0]), ("b", [0.0, 0.0])], "b: its embedding is zero or not finite"),
+        ([("a", "x"), ("b", "y")], "no embeddings can be read from it"),
+    ],
+)
+def test_embeddings_that_do_not_serve_are_named(tmp_path, rows, said):
+    write_embeddings(tmp_path / "e.parquet", rows)
+    with pytest.raises(UserError) as mistake:
+        read_embeddings(tmp_path / "e.parquet", ["a", "b"])
+    assert said in str(mistake.value)
+
+
+def test_a_file_without_embeddings_is_one_line(tmp_path):
+    (tmp_path / "e.txt").write_text("id,embedding")
+    pq.write_table(pa.table({"id": ["a"], "vector": [[1.0]]}), tmp_path / "e.parquet")
+    for name in ("e.txt", "e.parquet", "none.parquet"):
+        with pytest.raises(UserError, match="no embeddings can be read from it"):
+            read_embeddings(tmp_path / name, ["a"])
 
 
 def test_removing_one_partner_of_every_pair_across_leaves_no_copy_on_both_sides():

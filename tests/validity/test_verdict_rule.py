@@ -8,6 +8,7 @@ import pytest
 from lightleak.errors import UserError
 from lightleak.validity import Cutoffs, Verdict
 from lightleak.validity.verdict import (
+    ControlFinding,
     Coverage,
     DifferenceFinding,
     PowerFinding,
@@ -36,11 +37,19 @@ def signal(p_value=0.5, auc=0.7, interval=(0.65, 0.75)):
 
 
 def validity(
-    blind=0.5, interval=(0.47, 0.53), duplicates=0, detectable=0.55, controls=(), groups=300
+    blind=0.5,
+    interval=(0.47, 0.53),
+    duplicates=0,
+    detectable=0.55,
+    controls=(),
+    groups=300,
+    effective_share=0.9,
 ):
     return ValidityFinding(
         blind_auc=blind,
         blind_auc_ci95=interval,
+        blind_p_value=0.5,
+        effective_share=effective_share,
         blind={},
         differences=[
             DifferenceFinding(
@@ -55,7 +64,7 @@ def validity(
         power=PowerFinding(
             min_detectable_auc=detectable, suspect_groups=groups, control_groups=300
         ),
-        controls=list(controls),
+        controls=[ControlFinding(name="base", **each) for each in controls],
     )
 
 
@@ -132,6 +141,7 @@ def test_a_hold_out_is_exposed_only_by_both_tests():
         ({"coverage": coverage(suspect=(300, 200))}, "Failures fall on one side: 33%"),
         ({"coverage": coverage(control=(12, 12))}, "Only 12 control records"),
         ({"validity": {"groups": 3}}, "only 3 independent group(s)"),
+        ({"validity": {"effective_share": 0.19}}, "Too few controls resemble"),
         ({"primary": signal(None, None, None)}, "could not be computed"),
         (
             {"validity": {"controls": [{"fired": True, "sentence": "The base fires too."}]}},
@@ -181,12 +191,15 @@ def verdict():
             p_value=0.001,
             p_value_adjusted=0.002,
             test="residual",
+            tests={"permutation": 0.001},
+            robustness=0.1,
             n_suspect=300,
             n_control=300,
         ),
         signals={"loss": signal()},
         validity=validity(),
         prevalence=None,
+        dataset_inference=None,
         coverage=coverage(),
         cutoffs=Cutoffs(),
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lightleak.audits.gather import failures_table
 from lightleak.audits.settings import IdentitySettings
+from lightleak.audits.sides import failures_table
 from lightleak.errors import UserError
 from lightleak.evidence.affinity import (
     Matcher,

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from lightleak.audits.gather import failures_table
 from lightleak.audits.probing_inputs import (
     BASE,
     PIXELS,
@@ -36,6 +35,7 @@ from lightleak.audits.probing_inputs import (
     split,
 )
 from lightleak.audits.settings import ProbingSettings
+from lightleak.audits.sides import failures_table
 from lightleak.errors import UserError
 from lightleak.evidence.collect import measure
 from lightleak.evidence.dynamics import ORIGINAL, Draw, compare, draw_batches

@@ -2,84 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from lightleak import signals
 from lightleak import statistics as st
+from lightleak.audits import judge_controls
+from lightleak.audits.set_tests import Residual, SetTests, blind_features, crosses_folds
 from lightleak.audits.settings import AuditSettings
+from lightleak.audits.stored import Compared, Measured, compared, load, score
 from lightleak.errors import UserError
-from lightleak.evidence.readings import (
-    AugmentedCosines,
-    ContrastLoss,
-    DropoutCosines,
-    Floats,
-    GradientNorms,
-    GradientSlices,
-    PairEmbeddings,
-    TokenStatistics,
-    slice_axes,
-)
-from lightleak.evidence.table import (
-    SLICE_COLUMNS,
-    augmented_cosines,
-    contrast_loss,
-    dropout_cosines,
-    gradient_norms,
-    gradient_slices,
-    pair_embeddings,
-    token_statistics,
-)
+from lightleak.evidence.readings import Floats
 from lightleak.runs import Progress, Run, Silent, read_json, write_json, write_table
-from lightleak.signals import cross
 from lightleak.validity.verdict import (
+    BLIND_PARTS,
     BlindFinding,
     Coverage,
     DifferenceFinding,
     DuplicateFinding,
+    InferenceFinding,
     PowerFinding,
+    Prevalence,
     PrimaryFinding,
     RateAtFpr,
     SideCoverage,
     SignalFinding,
     ValidityFinding,
     Verdict,
+    counting_test,
     decide,
 )
 
 FALSE_POSITIVE_RATES = ("0.01", "0.05")
-# The residual test leans on a normal approximation, which is not to be believed further out.
-SMALLEST_P = 1e-6
-_SLICES = (*SLICE_COLUMNS, "in_reference")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The evidence of a run and the records it is about, row by row.
-
-    Attributes:
-        table: evidence without the slices, n rows.
-        ids: (n,) "suspect/a1"; side, folds: (n,); groups: (n,), copies share one.
-        slice_parts: yields the parts with their slices.
-    """
-
-    table: pa.Table
-    ids: list[str]
-    side: NDArray[np.str_]
-    folds: NDArray[np.int64]
-    groups: NDArray[np.str_]
-    slice_parts: Callable[[], Iterator[pa.Table]]
-
-    @property
-    def audited(self) -> NDArray[np.bool_]:
-        """Suspects and controls, not calibration records."""
-        return np.isin(self.side, ("suspect", "control"))
+_CURVE = ("sizes", "p_median", "p_low", "p_high", "found")
 
 
 def judge(run: Run, progress: Progress | None = None) -> Verdict:
@@ -107,14 +65,15 @@ def _judge(run: Run, progress: Progress) -> Verdict:
     findings: dict[str, SignalFinding] = {}
     with progress.stage("Scoring and testing", len(settings.signals) + 1) as advance:
         for name in settings.signals:
-            scores[name] = score(run, settings, measured, name)
+            scores[name] = score(settings, measured, name)
             findings[name] = _finding(settings, measured, name, scores[name])
             advance(1)
         findings = _with_holm(findings)
         write_table(run.scores_file, _scores_table(measured, scores))
         write_table(run.failures_file, _failures(run, settings, measured, scores))
         write_table(run.claims_file, _claims(settings, measured, scores[settings.primary]))
-        verdict = _verdict(run, settings, measured, scores[settings.primary], findings)
+        write_table(run.curve_file, _curve(settings, measured, scores[settings.primary]))
+        verdict = _verdict(run, settings, measured, scores, findings)
         write_json(run.verdict_file, verdict.model_dump(mode="json"))
         advance(1)
     return verdict
@@ -132,130 +91,7 @@ def _intact(run: Run) -> bool:
         return False
 
 
-def load(run: Run) -> Measured:
-    """Evidence and records of a run, side by side."""
-    about = pq.read_table(run.evidence / "records.parquet").to_pydict()
-    failed = {
-        key
-        for file in run.evidence.glob("failed-*.parquet")
-        for key in pq.read_table(file)["id"].to_pylist()
-    }
-    place = {key: i for i, key in enumerate(about["id"])}
-    files = sorted(run.evidence.glob("part-*.parquet"))
-    if not files:
-        raise UserError("it holds no evidence yet", str(run.folder), "Run the same audit again.")
-    columns = [n for n in pq.read_schema(files[0]).names if n not in _SLICES]
-    table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
-    ids = table["id"].to_pylist()
-    missing = set(place) - set(ids) - failed
-    if missing:
-        raise UserError(
-            f"its evidence is not complete: {len(missing)} record(s) are missing",
-            str(run.folder),
-            "Run the same audit again: it goes on where it was.",
-        )
-    rows = [place[key] for key in ids]
-
-    def slice_parts() -> Iterator[pa.Table]:
-        for file in files:
-            yield pq.read_table(file, columns=list(_SLICES))
-
-    return Measured(
-        table,
-        ids,
-        np.array([about["set"][i] for i in rows]),
-        np.array([about["fold"][i] for i in rows]),
-        np.array([about["group"][i] or "" for i in rows]),
-        slice_parts,
-    )
-
-
-def score(run: Run, settings: AuditSettings, measured: Measured, name: str) -> Floats:
-    """(n,) scores of one signal; NaN where a record cannot be scored or only calibrates."""
-    stored = sorted(run.evidence.glob(f"scored-{name}-*.parquet"))
-    if stored:
-        # The evidence was too large to keep: it was reduced to scores on the way.
-        table = pa.concat_tables([pq.read_table(file) for file in stored]).to_pydict()
-        by_id = dict(zip(table["id"], table["score"], strict=True))
-        return np.array([by_id.get(key, np.nan) for key in measured.ids], dtype=np.float64)
-    signal = signals.get(name)
-    fits = cross(settings.protocol, settings.folds, measured.side, measured.folds)
-    return signal.score(_evidence(run, measured, signal.needs), fits, settings.options_of(name))
-
-
-_FROM_TABLE: dict[type, Callable[[pa.Table], Any]] = {
-    TokenStatistics: token_statistics,
-    PairEmbeddings: pair_embeddings,
-    AugmentedCosines: augmented_cosines,
-    DropoutCosines: dropout_cosines,
-    ContrastLoss: contrast_loss,
-}
-
-
-def _evidence(run: Run, measured: Measured, needs: type) -> Any:
-    if needs in _FROM_TABLE:
-        return _FROM_TABLE[needs](measured.table)
-    described = read_json(run.evidence / "gradients.json")
-    matrices = {name: tuple(shape) for name, shape in described["matrices"].items()}
-    if needs is GradientNorms:
-        return gradient_norms(measured.table, list(matrices))
-    if needs is GradientSlices:
-        norms2 = pq.read_table(run.evidence / "reference-norms.parquet")["norms2"].to_pylist()
-        return gradient_slices(
-            measured.slice_parts,
-            len(measured.ids),
-            slice_axes(matrices),
-            np.array(norms2),
-            np.array(described["reference_sizes"]),
-            lora=described["strategy"].startswith("lora"),
-        )
-    raise TypeError(f"no evidence of kind {needs.__name__}")
-
-
 # -- statistics of one signal -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Scored suspects and controls, as the statistics take them."""
-
-    scores: Floats
-    suspect: NDArray[np.bool_]
-    folds: NDArray[np.int64]
-    groups: NDArray[np.str_]
-    rows: NDArray[np.int64]
-
-    def enough(self, fewest: int = 2) -> bool:
-        """Whether both sides have so many groups, so that there is something to compare."""
-        return min(self.n_groups) >= fewest
-
-    @property
-    def n_groups(self) -> tuple[int, int]:
-        """Groups among the suspects and among the controls."""
-        return len(set(self.groups[self.suspect])), len(set(self.groups[~self.suspect]))
-
-
-def compared(measured: Measured, scores: Floats) -> Compared:
-    """The audited records that have a score."""
-    rows = np.flatnonzero(measured.audited & np.isfinite(scores))
-    return Compared(
-        scores[rows],
-        measured.side[rows] == "suspect",
-        measured.folds[rows],
-        measured.groups[rows],
-        rows,
-    )
-
-
-def crosses_folds(settings: AuditSettings, name: str) -> bool:
-    """Whether a signal's scores in one fold depend on the labels of the others.
-
-    Then folds share what they learnt, and a test that pools them as if they were independent
-    rejects too often: for two folds the pooled variance is up to twice what it seems to be.
-    Each fold alone, given the others, is exact; the folds' p-values are combined by a rule that
-    holds under any dependence.
-    """
-    return signals.get(name).fitted and settings.protocol == "crossfit"
 
 
 def _finding(
@@ -263,36 +99,16 @@ def _finding(
 ) -> SignalFinding:
     signal = signals.get(name)
     data = compared(measured, scores)
-    if len(set(data.scores.tolist())) < 2:
-        data = compared(measured, np.full(len(scores), np.nan))  # Nothing to rank.
     unscorable = int((measured.audited & ~np.isfinite(scores)).sum())
     area = interval = p_value = None
     rates: dict[str, RateAtFpr | None] = dict.fromkeys(FALSE_POSITIVE_RATES)
     why = dict.fromkeys(FALSE_POSITIVE_RATES, "too few scored records")
-    if data.enough():
+    tests = SetTests(settings, name)
+    estimate = tests.auc(data)
+    if estimate is not None:
         s, y = data.scores, data.suspect
-        if crosses_folds(settings, name):
-            estimate = st.auc_across_folds(
-                s[y],
-                s[~y],
-                data.folds[y],
-                data.folds[~y],
-                member_groups=data.groups[y],
-                nonmember_groups=data.groups[~y],
-            )
-        else:
-            estimate = st.auc_delong(
-                s[y], s[~y], member_groups=data.groups[y], nonmember_groups=data.groups[~y]
-            )
         area, interval = estimate.value, (estimate.low, estimate.high)
-        p_value = by_fold(
-            settings,
-            name,
-            data,
-            lambda part: st.permutation_test(
-                part.scores, part.suspect, groups=part.groups, seed=settings.seed
-            ),
-        )
+        p_value = tests.permutation(data)
         no_threshold = ""
         if crosses_folds(settings, name):
             # A threshold of one fold's fit accuses another rate of controls under another's.
@@ -328,30 +144,19 @@ def _finding(
     )
 
 
+def _by_group(data: Compared) -> tuple[Floats, Floats]:
+    """Scores of suspects and of controls, one a group: its mean."""
+    means = []
+    for side in (data.suspect, ~data.suspect):
+        _, code, count = np.unique(data.groups[side], return_inverse=True, return_counts=True)
+        means.append(np.bincount(code, weights=data.scores[side]) / count)
+    return means[0], means[1]
+
+
 def _in_every_fold(data: Compared) -> bool:
     return all(
         len(set(data.suspect[data.folds == k].tolist())) == 2 for k in set(data.folds.tolist())
     )
-
-
-def by_fold(
-    settings: AuditSettings, name: str, data: Compared, test: Callable[[Compared], float]
-) -> float:
-    """The p-value of a test, on all records, or fold by fold where the folds were crossed."""
-    if not crosses_folds(settings, name):
-        return test(data)
-    values = []
-    for k in range(settings.folds):
-        here = data.folds == k
-        part = Compared(
-            data.scores[here],
-            data.suspect[here],
-            data.folds[here],
-            data.groups[here],
-            data.rows[here],
-        )
-        values.append(test(part) if part.enough() else 1.0)
-    return st.combine_splits(values)
 
 
 def _orientation(interval: tuple[float, float] | None) -> str:
@@ -377,23 +182,35 @@ def _verdict(
     run: Run,
     settings: AuditSettings,
     measured: Measured,
-    scores: Floats,
+    scores: dict[str, Floats],
     findings: dict[str, SignalFinding],
 ) -> Verdict:
-    primary = findings[settings.primary]
-    data = compared(measured, scores)
-    n_suspect, n_control = int(data.suspect.sum()), int((~data.suspect).sum())
+    primary, own = findings[settings.primary], scores[settings.primary]
+    data = compared(measured, own)
     coverage = _coverage(run, data)
-    validity = _validity(run, settings, data)
-    adjusted = _adjusted_p(run, settings, measured, data)
+    controls = judge_controls.control_scores(run, settings, measured)
+    features = blind_features(run, measured)
+    tests = SetTests(settings, settings.primary, features).given(*controls.models.values())
+    residual = tests.residual(data)
+    validity = _validity(run, settings, data, residual)
+    _, test, _ = counting_test(settings.design, validity, settings.cutoffs)
+    found = judge_controls.find(run, settings, measured, own, controls, test)
+    validity = validity.model_copy(update={"controls": found})
     decision = decide(
         design=settings.design,
         primary=primary,
-        primary_p_adjusted=adjusted,
+        primary_p_adjusted=None if residual is None else residual.p_value,
         validity=validity,
         coverage=coverage,
         cutoffs=settings.cutoffs,
     )
+    if decision.tier != "none" and not validity.differs:
+        findings = {
+            name: each.model_copy(
+                update={"prevalence": _prevalence(settings, measured, name, scores[name])}
+            )
+            for name, each in findings.items()
+        }
     return Verdict(
         verdict=decision.verdict,
         tier=decision.tier,
@@ -403,36 +220,104 @@ def _verdict(
             auc=primary.auc,
             auc_ci95=primary.auc_ci95,
             p_value=primary.p_value,
-            p_value_adjusted=adjusted,
+            p_value_adjusted=None if residual is None else residual.p_value,
             test=decision.test,
-            n_suspect=n_suspect,
-            n_control=n_control,
+            tests=_every_test(tests, data, residual),
+            robustness=None if residual is None else residual.robustness,
+            n_suspect=int(data.suspect.sum()),
+            n_control=int((~data.suspect).sum()),
         ),
         signals=findings,
         validity=validity,
-        prevalence=None,
+        prevalence=findings[settings.primary].prevalence,
+        dataset_inference=_inference(settings, measured, scores),
         coverage=coverage,
         cutoffs=settings.cutoffs,
     )
 
 
-def _adjusted_p(
-    run: Run, settings: AuditSettings, measured: Measured, data: Compared
-) -> float | None:
-    """The residual test of the primary signal, given what is visible without the model."""
-    blind = pq.read_table(run.evidence / "blind.parquet")
-    row = {key: i for i, key in enumerate(blind["id"].to_pylist())}
-    features = np.array(blind["features"].to_pylist(), dtype=np.float64).reshape(len(row), -1)
-    if not data.enough(settings.cutoffs.fewest_records) or not features.shape[1]:
+def _every_test(
+    tests: SetTests, data: Compared, residual: Residual | None
+) -> dict[str, float | None]:
+    """p-values of every test of the primary signal's scores, by name."""
+    if not data.enough():
+        return {}
+    return {
+        "permutation": tests.permutation(data),
+        "Mann–Whitney": tests.by_fold(data, lambda part: st.mann_whitney(*_by_group(part))),
+        "Welch": tests.by_fold(data, lambda part: st.welch(*_by_group(part))),
+        **({} if residual is None else residual.by_family),
+    }
+
+
+def _prevalence(
+    settings: AuditSettings, measured: Measured, name: str, scores: Floats
+) -> Prevalence | None:
+    """What share of the suspects was used, by one signal.
+
+    With known members, that is calibration records which the signal was not fitted on, an
+    estimate; else a lower bound. None where folds were fitted apart and share no scale.
+    """
+    data = compared(measured, scores)
+    if crosses_folds(settings, name) or not data.enough():
         return None
+    y = data.suspect
+    known = np.isfinite(scores) & (measured.side == "member")
+    if signals.get(name).fitted or not known.any():
+        bound = st.prevalence_lower_bound(
+            data.scores[y],
+            data.scores[~y],
+            suspect_groups=data.groups[y],
+            control_groups=data.groups[~y],
+        )
+        return Prevalence(estimate=None, ci95=(bound, 1.0), method="lower bound")
+    # Groups are told apart by side: copies in the calibration would have stopped the audit.
+    groups = data.groups[y], np.char.add("member ", measured.groups[known]), data.groups[~y]
+    share = st.prevalence(data.scores[y], scores[known], data.scores[~y], groups=groups)
+    return Prevalence(estimate=share.value, ci95=(share.low, share.high), method="known members")
 
-    def test(part: Compared) -> float:
-        of_part = features[[row[measured.ids[i]] for i in part.rows]]
-        return st.residual_test(
-            part.scores, part.suspect, of_part, groups=part.groups, seed=settings.seed
-        ).p_value
 
-    return max(SMALLEST_P, by_fold(settings, settings.primary, data, test))
+def _inference(
+    settings: AuditSettings, measured: Measured, scores: dict[str, Floats]
+) -> InferenceFinding | None:
+    """Every signal that needs no fit, combined."""
+    names = [name for name in scores if not signals.get(name).fitted]
+    if not names:
+        return None
+    rows = measured.audited
+    suspect, groups = measured.side[rows] == "suspect", measured.groups[rows]
+    if min(len(set(groups[suspect])), len(set(groups[~suspect]))) < settings.cutoffs.fewest_records:
+        return None
+    found = st.dataset_inference(
+        np.column_stack([scores[name][rows] for name in names]),
+        suspect,
+        groups=groups,
+        seed=settings.seed,
+    )
+    return InferenceFinding(
+        p_value=found.p_value,
+        control_p_value=found.control_p_value,
+        shuffled_p_value=found.shuffled_p_value,
+        signals=names,
+    )
+
+
+def _curve(settings: AuditSettings, measured: Measured, scores: Floats) -> pa.Table:
+    """How the p-value falls with the number of suspects, by the primary signal.
+
+    Empty where folds were fitted apart and share no scale.
+    """
+    data = compared(measured, scores)
+    if crosses_folds(settings, settings.primary) or not data.enough(10):
+        return pa.table({name: pa.array([], pa.float64()) for name in _CURVE})
+    curve = st.set_size_curve(
+        data.scores,
+        data.suspect,
+        groups=data.groups,
+        seed=settings.seed,
+        alpha=settings.cutoffs.alpha,
+    )
+    return pa.table({name: getattr(curve, name) for name in _CURVE})
 
 
 def _coverage(run: Run, data: Compared) -> Coverage:
@@ -472,18 +357,23 @@ def _detectable_auc(settings: AuditSettings, data: Compared) -> float | None:
     return smallest if np.isfinite(smallest) else None
 
 
-def _validity(run: Run, settings: AuditSettings, data: Compared) -> ValidityFinding:
+def _validity(
+    run: Run, settings: AuditSettings, data: Compared, residual: Residual | None
+) -> ValidityFinding:
     blind = read_json(run.evidence / "blind.json")
     pairs = read_json(run.evidence / "duplicates.json")["across"]
-    joint = blind.get("joint", {"auc": None, "auc_ci95": None})
+    parts = {name: BlindFinding(**blind[name]) for name in BLIND_PARTS if name in blind}
+    stronger = max(
+        (parts[name] for name in ("joint", "trees") if name in parts),
+        key=lambda each: each.auc_ci95[0],
+        default=None,
+    )
     return ValidityFinding(
-        blind_auc=joint["auc"],
-        blind_auc_ci95=joint["auc_ci95"],
-        blind={
-            part: BlindFinding(**blind[part])
-            for part in ("text", "image", "joint")
-            if part in blind
-        },
+        blind_auc=stronger and stronger.auc,
+        blind_auc_ci95=stronger and stronger.auc_ci95,
+        blind_p_value=blind.get("p_value"),
+        effective_share=residual and residual.effective_share,
+        blind=parts,
         differences=[DifferenceFinding(**each) for each in blind.get("differences", [])],
         duplicates=len(pairs),
         duplicate_pairs=[DuplicateFinding(**pair) for pair in pairs],

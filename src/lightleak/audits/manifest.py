@@ -62,6 +62,7 @@ def recorded(
         "finished": None,
     }
     write_json(run.manifest_file, manifest)
+    del target  # Else it would stay in memory until the end, beside every other model.
     yield
     write_json(run.manifest_file, {**manifest, "finished": _now()})
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from lightleak import signals
-from lightleak.audits.gather import claim, gather, read_sides
+from lightleak.audits.gather import gather
+from lightleak.audits.gather_controls import gather_control_models, gather_shuffled
 from lightleak.audits.judge import judge
 from lightleak.audits.manifest import recorded
+from lightleak.audits.measure import claim
 from lightleak.audits.settings import AuditSettings
+from lightleak.audits.sides import read_sides
 from lightleak.errors import UserError
 from lightleak.runs import Progress, Run, Silent
 from lightleak.targets import DualEncoderTarget
 from lightleak.validity import Verdict
 
 # What may not change once the run has been looked at; paths and devices may.
-_REGISTERED = ("primary", "design", "cutoffs", "signals", "options", "protocol", "folds", "seed")
+_REGISTERED = (
+    *("primary", "design", "cutoffs", "signals", "options", "protocol", "folds", "seed"),
+    *("base", "control_target", "negative_controls", "blind_fields"),
+)
 
 
 def audit(
@@ -67,16 +74,36 @@ def audit(
     chosen = chosen.of_kind(model.kind)
     if sides.bank and not isinstance(model, DualEncoderTarget):
         raise UserError("only a dual encoder takes a bank of negatives", "--bank")
-    claim(run, chosen, model, sides)
+    claim(run.evidence, chosen, model, sides)
+    chosen.control_models()  # A base that is not there is better missed now than after hours.
     with recorded(
         run,
         kind="membership",
         settings=chosen,
         fixed=_REGISTERED,
         target=model,
-        hashes={f"{side} records": value for side, value in sides.hashes.items()},
+        hashes={
+            **{f"{side} records": value for side, value in sides.hashes.items()},
+            **_documentation(chosen.documentation),
+        },
         command=command or "lightleak.audit(…)",
         credit=credit,
     ):
-        gather(run, chosen, model, sides, progress)
+        sides = gather(run, chosen, model, sides, progress)
+        if chosen.negative_controls:
+            gather_shuffled(run, chosen, model, sides, progress, "")
+        hashes, kind = model.hashes, model.kind
+        del model  # One model at a time in memory.
+        gather_control_models(run, chosen, sides, hashes, kind, progress)
         return judge(run, progress)
+
+
+def _documentation(file: str | None) -> dict[str, str]:
+    if file is None:
+        return {}
+    try:
+        return {"documentation": sha256(Path(file).read_bytes()).hexdigest()}
+    except OSError as error:
+        raise UserError(
+            f"it cannot be read ({error.strerror})", f"--documentation {file}"
+        ) from error

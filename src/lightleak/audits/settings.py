@@ -109,6 +109,12 @@ class AuditSettings(TargetSettings):
         evidence_limit: gigabytes of gradient slices to store at most; above it the slices are
             reduced to scores on the way and cannot be re-scored with another mask.
         drop_duplicates: leave out records that stand on both sides, instead of refusing.
+        control_target: another model, one that cannot have seen the suspects; the base that the
+            target was fine-tuned from, where it is known, serves likewise.
+        negative_controls: whether control models are run, and pairs with their texts shuffled.
+        blind_fields: entries of the records' `meta` that could tell the sides apart.
+        embeddings: a Parquet file with id and embedding, to find near-duplicates by.
+        documentation: a file that says how suspects and controls came apart; its hash is kept.
     """
 
     suspect: str
@@ -125,6 +131,11 @@ class AuditSettings(TargetSettings):
     folds: int = Field(2, ge=2, le=20)
     drop_duplicates: bool = False
     evidence_limit: float = Field(8.0, ge=0)
+    control_target: str | None = None
+    negative_controls: bool = True
+    blind_fields: tuple[str, ...] = ()
+    embeddings: str | None = None
+    documentation: str | None = None
     cutoffs: Cutoffs = Cutoffs()
 
     @model_validator(mode="after")
@@ -157,6 +168,18 @@ class AuditSettings(TargetSettings):
                 )
         names = tuple(dict.fromkeys((*chosen, primary)))
         return self.model_copy(update={"signals": names, "primary": primary})
+
+    def control_models(self) -> dict[str, str]:
+        """Models that cannot have seen the suspects, by what they are called."""
+        if not self.negative_controls:
+            return {}
+        base = targets.base_of(self.target, self.adapter, self.base)
+        named = {"base": base, "control target": self.control_target}
+        return {name: model for name, model in named.items() if model is not None}
+
+    def for_controls(self) -> AuditSettings:
+        """The same for a negative control: the primary signal alone."""
+        return self.model_copy(update={"signals": (self.primary,)})
 
     def needs(self) -> set[type]:
         """The kinds of evidence that the signals are made from."""

@@ -11,6 +11,7 @@ import typer
 
 from lightleak.cli.config import Config
 from lightleak.cli.console import Bars, errors, show
+from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
 from lightleak.errors import UserError
 
 
@@ -35,7 +36,21 @@ def audit(
     control: Annotated[Path, typer.Option(help="Records of the same kind that were not.")],
     out: Annotated[Path, typer.Option(help="Run folder; the same command goes on in it.")],
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on the target.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base of an adapter given as target.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="What the target was fine-tuned from: a negative control, and the base of an "
+            "adapter given as target."
+        ),
+    ] = None,
+    control_target: Annotated[
+        str | None,
+        typer.Option(help="Another model, which cannot have seen the suspects: likewise."),
+    ] = None,
+    negative_controls: Annotated[
+        bool,
+        typer.Option(help="Whether control models are run, and pairs with their texts shuffled."),
+    ] = True,
     signals: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
     primary: Annotated[
         str,
@@ -62,6 +77,21 @@ def audit(
     design: Annotated[
         Design, typer.Option(help="How suspects and controls came apart; it is checked.")
     ] = Design.OBSERVATIONAL,
+    documentation: Annotated[
+        Path | None,
+        typer.Option(help="A file that says how they came apart; its hash is kept."),
+    ] = None,
+    blind_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Entry of the records' meta that could tell the sides apart (date, source …); "
+            "repeatable."
+        ),
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Parquet with id and embedding, to find near-duplicates by."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Option of a signal: SIGNAL.OPTION=VALUE; repeatable."),
@@ -100,6 +130,9 @@ def audit(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
     ] = False,
+    fail_if: FailIf = None,
+    junit: JUnit = None,
+    sarif: Sarif = None,
     config: Config = None,
 ) -> None:
     """Was the target trained on the suspects?
@@ -110,7 +143,9 @@ def audit(
     from lightleak.audits import membership
     from lightleak.report import report
     from lightleak.signals import parse_options
+    from lightleak.validity import Verdict
 
+    gates = [parse(each, Verdict) for each in fail_if or ()]
     verdict = membership.audit(
         target=target,
         adapter=adapter,
@@ -125,6 +160,11 @@ def audit(
         calibration_nonmembers=calibration_nonmembers,
         bank=bank,
         design=design.value,
+        documentation=documentation,
+        control_target=control_target,
+        negative_controls=negative_controls,
+        blind_fields=tuple(blind_field or ()),
+        embeddings=embeddings,
         options=parse_options(set_ or ()),
         cutoffs={"alpha": alpha, **_cutoffs(cutoff or ())},
         folds=folds,
@@ -147,6 +187,7 @@ def audit(
             f"{verdict.coverage.failed} record(s) failed; see the report or failures.parquet.",
             highlight=False,
         )
+    finish(verdict, out, gates, junit, sarif)
 
 
 def _names(signals: str) -> tuple[str, ...]:

@@ -52,8 +52,11 @@ def _load(context: typer.Context, file: Path | None) -> Path | None:
             )
         # `set` is a word of Python, so the parameter behind it ends in an underscore.
         parameter = known[name]
-        if isinstance(value, list) and not getattr(parameter, "multiple", False):
+        several = getattr(parameter, "multiple", False)
+        if isinstance(value, list) and not several:
             value = ",".join(map(str, value))
+        if several and not isinstance(value, list):
+            value = [value]
         values[str(parameter.name)] = value
     context.default_map = {**(context.default_map or {}), **values}
     return file

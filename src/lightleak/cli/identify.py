@@ -11,6 +11,7 @@ import typer
 
 from lightleak.cli.config import Config
 from lightleak.cli.console import Bars, errors, show_people
+from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
 
 
 class Design(StrEnum):
@@ -89,6 +90,9 @@ def identify(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
     ] = False,
+    fail_if: FailIf = None,
+    junit: JUnit = None,
+    sarif: Sarif = None,
     config: Config = None,
 ) -> None:
     """Does the target know these people by name?
@@ -98,7 +102,9 @@ def identify(
     del config
     from lightleak.audits import identity
     from lightleak.report import report
+    from lightleak.validity import IdentityVerdict
 
+    gates = [parse(each, IdentityVerdict) for each in fail_if or ()]
     verdict = identity.identify(
         target=target,
         adapter=adapter,
@@ -134,3 +140,4 @@ def identify(
             f"{photos} photo(s) and {lost} person(s) could not be used; see failures.parquet.",
             highlight=False,
         )
+    finish(verdict, out, gates, junit, sarif)

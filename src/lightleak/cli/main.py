@@ -1,7 +1,7 @@
 """The program `lightleak`: its commands and how it ends.
 
-Exit codes: 0 finished · 1 internal error · 2 bad input or usage · 130 interrupted (run the same
-command again to go on).
+Exit codes: 0 finished · 1 internal error · 2 bad input or usage · 3 a --fail-if gate tripped ·
+130 interrupted (run the same command again to go on).
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import NoReturn
 import typer
 
 from lightleak import __version__
-from lightleak.cli import audit, demo, doctor, identify, lab, probe, report, signals, watermark
+from lightleak.cli import (
+    audit,
+    compare,
+    demo,
+    doctor,
+    identify,
+    lab,
+    probe,
+    report,
+    signals,
+    watermark,
+)
 from lightleak.cli.console import errors
 from lightleak.errors import UserError
 
@@ -33,6 +44,7 @@ app.command("identify")(identify.identify)
 app.command("probe")(probe.probe)
 app.command("watermark")(watermark.watermark)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("signals")(signals.signals)
 app.command("doctor")(doctor.doctor)
 app.add_typer(lab.app, name="lab")

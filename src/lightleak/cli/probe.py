@@ -11,6 +11,7 @@ import typer
 
 from lightleak.cli.config import Config, numbers
 from lightleak.cli.console import Bars, errors, show_probe
+from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
 from lightleak.errors import UserError
 
 
@@ -135,6 +136,9 @@ def probe(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
     ] = False,
+    fail_if: FailIf = None,
+    junit: JUnit = None,
+    sarif: Sarif = None,
     config: Config = None,
 ) -> None:
     """Did fine-tuning leave personal details inside the model that its task has no use for?
@@ -147,7 +151,9 @@ def probe(
     del config
     from lightleak.audits import probing
     from lightleak.report import report
+    from lightleak.validity import ProbingVerdict
 
+    gates = [parse(each, ProbingVerdict) for each in fail_if or ()]
     given: dict[str, Any] = {} if fields is None else {"fields": tuple(fields.split(","))}
     verdict = probing.probe(
         target=target,
@@ -198,3 +204,4 @@ def probe(
             f"{verdict.coverage.failed} record(s) could not be used; see failures.parquet.",
             highlight=False,
         )
+    finish(verdict, out, gates, junit, sarif)

@@ -7,6 +7,7 @@ from lightleak.statistics.conformal import (
     conformal_p_values_within_folds,
     smallest_resolvable,
 )
+from lightleak.statistics.dataset_inference import DatasetInference, dataset_inference
 from lightleak.statistics.dynamics import (
     BatchDynamics,
     Estimates,
@@ -15,8 +16,9 @@ from lightleak.statistics.dynamics import (
 )
 from lightleak.statistics.intervals import Estimate, clopper_pearson
 from lightleak.statistics.multiplicity import holm
-from lightleak.statistics.permutation import combine_splits, mann_whitney, permutation_test
+from lightleak.statistics.permutation import combine_splits, mann_whitney, permutation_test, welch
 from lightleak.statistics.power import minimum_detectable_auc, minimum_set_size
+from lightleak.statistics.prevalence import prevalence, prevalence_lower_bound
 from lightleak.statistics.probing import (
     Probed,
     ProbedCell,
@@ -40,9 +42,11 @@ from lightleak.statistics.roc import (
     tpr_at_fpr,
     tpr_at_fpr_across_folds,
 )
+from lightleak.statistics.set_size import SetSizeCurve, set_size_curve
 
 __all__ = [
     "BatchDynamics",
+    "DatasetInference",
     "Discoveries",
     "Estimate",
     "Estimates",
@@ -52,6 +56,7 @@ __all__ = [
     "ResidualTest",
     "RocCurve",
     "RocPoint",
+    "SetSizeCurve",
     "Unresolvable",
     "auc",
     "auc_across_folds",
@@ -63,6 +68,7 @@ __all__ = [
     "combine_splits",
     "conformal_p_values",
     "conformal_p_values_within_folds",
+    "dataset_inference",
     "draw_flips",
     "fpr_upper_bound",
     "holm",
@@ -71,12 +77,16 @@ __all__ = [
     "minimum_detectable_auc",
     "minimum_set_size",
     "permutation_test",
+    "prevalence",
+    "prevalence_lower_bound",
     "probe",
     "probing_test",
     "published_probe",
     "residual_test",
     "roc_curve",
+    "set_size_curve",
     "smallest_resolvable",
     "tpr_at_fpr",
     "tpr_at_fpr_across_folds",
+    "welch",
 ]

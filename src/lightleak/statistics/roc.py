@@ -15,13 +15,14 @@ from scipy import special, stats
 
 from lightleak.statistics.arrays import (
     BLOCK_ENTRIES,
+    Booleans,
     Floats,
     Integers,
     Labels,
     label_codes,
     score_array,
 )
-from lightleak.statistics.intervals import Estimate, clopper_pearson
+from lightleak.statistics.intervals import Estimate, clopper_pearson, korn_graubard
 
 # 0.29 × 100 is 28.999… in floating point; counts are meant exactly.
 ROUNDING = 1e-9
@@ -139,15 +140,12 @@ def auc_bootstrap(
     members, nonmembers = score_array(member, "member"), score_array(nonmember, "nonmember")
     member_codes = label_codes(member_groups, members.size, "member_groups")
     nonmember_codes = label_codes(nonmember_groups, nonmembers.size, "nonmember_groups")
-    order = np.argsort(nonmembers)
-    below = np.searchsorted(nonmembers[order], members, side="left")
-    not_above = np.searchsorted(nonmembers[order], members, side="right")
-    aucs = np.concatenate(
-        [
-            _weighted_auc(drawn, below, not_above)
-            for drawn in _resamples(member_codes, nonmember_codes[order], replicates, seed)
-        ]
-    )
+    # In ascending order every look-up of a replicate goes forward through memory.
+    ascending, order = np.argsort(members), np.argsort(nonmembers)
+    below = np.searchsorted(nonmembers[order], members[ascending], side="left")
+    not_above = np.searchsorted(nonmembers[order], members[ascending], side="right")
+    resamples = _resamples(member_codes[ascending], nonmember_codes[order], replicates, seed)
+    aucs = np.concatenate([_weighted_auc(drawn, below, not_above) for drawn in resamples])
     value = auc(members, nonmembers)
     low, high = np.quantile(aucs, [(1 - confidence) / 2, (1 + confidence) / 2])
     if low == high:
@@ -163,8 +161,8 @@ class RocPoint:
     Attributes:
         fpr_target: the rate asked for.
         threshold: scores strictly above it count as detected; None when each fold has its own.
-        tpr: detected share of the members, Clopper–Pearson interval.
-        fpr: realised share among the non-members, Clopper–Pearson interval.
+        tpr: detected share of the members, Clopper–Pearson interval (Korn–Graubard over groups).
+        fpr: realised share among the non-members, interval likewise.
     """
 
     fpr_target: float
@@ -186,6 +184,8 @@ def tpr_at_fpr(
     fpr: float,
     *,
     calibration: npt.ArrayLike | None = None,
+    member_groups: Labels | None = None,
+    nonmember_groups: Labels | None = None,
 ) -> RocPoint | Unresolvable:
     """The conservative TPR at an FPR of at most `fpr`.
 
@@ -194,8 +194,10 @@ def tpr_at_fpr(
     not fitted on and that are not scored here, it is the ⌊fpr(n₀ + 1)⌋-th largest of them, which
     a further control exceeds with probability at most `fpr`.
 
+    Records are independent trials of the intervals; with groups, only groups are.
+
     Raises:
-        ValueError: an empty side, NaN, or `fpr` outside (0, 1).
+        ValueError: an empty side, NaN, `fpr` outside (0, 1), or not one group for each score.
     """
     members, nonmembers = score_array(member, "member"), score_array(nonmember, "nonmember")
     controls = nonmembers if calibration is None else score_array(calibration, "calibration")
@@ -208,8 +210,8 @@ def tpr_at_fpr(
     return RocPoint(
         fpr_target=fpr,
         threshold=float(threshold),
-        tpr=clopper_pearson(int((members > threshold).sum()), members.size),
-        fpr=clopper_pearson(int((nonmembers > threshold).sum()), nonmembers.size),
+        tpr=_share(members > threshold, member_groups),
+        fpr=_share(nonmembers > threshold, nonmember_groups),
     )
 
 
@@ -219,32 +221,35 @@ def tpr_at_fpr_across_folds(
     member_folds: Labels,
     nonmember_folds: Labels,
     fpr: float,
+    *,
+    member_groups: Labels | None = None,
+    nonmember_groups: Labels | None = None,
 ) -> RocPoint | Unresolvable:
     """The TPR at `fpr`, each fold's threshold set by the controls of the other folds.
 
-    The counts of all folds are pooled before the Clopper–Pearson intervals are taken.
+    All folds are pooled before the intervals are taken, which are those of `tpr_at_fpr`.
 
     Raises:
-        ValueError: NaN, `fpr` outside (0, 1), fewer than two folds, or a fold without members or
-            without non-members.
+        ValueError: NaN, `fpr` outside (0, 1), fewer than two folds, a fold without members or
+            without non-members, or not one fold (and group, if given) for each score.
     """
     members, nonmembers = score_array(member, "member"), score_array(nonmember, "nonmember")
     splits = _splits(member_folds, nonmember_folds, members.size, nonmembers.size)
     if len(splits) < 2:
         raise ValueError("thresholds from other folds need at least two folds")
-    detected, false_alarms = 0, 0
+    detected, false_alarms = np.zeros(members.size, bool), np.zeros(nonmembers.size, bool)
     for own in splits:
         controls = np.delete(nonmembers, own.nonmember)
         if missing := _too_few(controls.size, fpr):
             return missing
         threshold = _calibrated_threshold(controls, fpr)
-        detected += int((members[own.member] > threshold).sum())
-        false_alarms += int((nonmembers[own.nonmember] > threshold).sum())
+        detected[own.member] = members[own.member] > threshold
+        false_alarms[own.nonmember] = nonmembers[own.nonmember] > threshold
     return RocPoint(
         fpr_target=fpr,
         threshold=None,
-        tpr=clopper_pearson(detected, members.size),
-        fpr=clopper_pearson(false_alarms, nonmembers.size),
+        tpr=_share(detected, member_groups),
+        fpr=_share(false_alarms, nonmember_groups),
     )
 
 
@@ -288,34 +293,54 @@ def roc_curve(
     replicates: int = 2000,
     grid: Floats = DEFAULT_GRID,
     confidence: float = 0.95,
+    member_groups: Labels | None = None,
+    nonmember_groups: Labels | None = None,
 ) -> RocCurve:
     """The conservative TPR at each FPR of `grid`, with a pointwise stratified bootstrap band.
 
+    With groups, whole groups are drawn.
+
     Raises:
-        ValueError: an empty side, or NaN.
+        ValueError: an empty side, NaN, or not one group for each score.
     """
-    members, nonmembers = score_array(member, "member"), score_array(nonmember, "nonmember")
-    members, nonmembers = np.sort(members)[::-1], np.sort(nonmembers)[::-1]
+    members, member_codes = _descending(member, member_groups, "member")
+    nonmembers, nonmember_codes = _descending(nonmember, nonmember_groups, "nonmember")
     # Non-members above v are let through together, so tied ones share one cumulative count.
     last_of_tie = np.flatnonzero(np.append(nonmembers[1:] != nonmembers[:-1], True))
     thresholds = np.append(nonmembers[last_of_tie], -np.inf)
     members_above = np.searchsorted(-members, -thresholds, side="left")
-    allowed = np.floor(grid * nonmembers.size + ROUNDING).astype(np.int64)
 
     def tprs(drawn: _Sides) -> Floats:
         let_through = drawn.nonmember.cumsum(axis=1)[:, last_of_tie]
+        # Groups of unequal size make replicates of unequal size.
+        allowed = np.floor(grid * let_through[:, -1:] + ROUNDING).astype(np.int64)
         # One sorted search over all rows: each row is lifted above the one before.
-        lift = np.arange(len(let_through))[:, None] * (nonmembers.size + 1)
-        place = np.searchsorted((let_through + lift).ravel(), allowed + lift, side="right")
-        place -= np.arange(len(let_through))[:, None] * last_of_tie.size
-        detected = np.pad(drawn.member.cumsum(axis=1), ((0, 0), (1, 0)))
-        return np.take_along_axis(detected, members_above[place], axis=1) / members.size
+        row = np.arange(len(let_through))[:, None]
+        lift = row * (let_through[:, -1].max() + 1)
+        place = np.searchsorted((let_through + lift).ravel(), (allowed + lift).ravel(), "right")
+        place = place.reshape(allowed.shape) - row * last_of_tie.size
+        detected = _counts_before(drawn.member)
+        above = np.take_along_axis(detected, members_above[place], axis=1)
+        return np.asarray(above / detected[:, -1:], dtype=np.float64)
 
-    records = np.arange(members.size), np.arange(nonmembers.size)
-    resampled = np.concatenate([tprs(drawn) for drawn in _resamples(*records, replicates, seed)])
+    resamples = _resamples(member_codes, nonmember_codes, replicates, seed)
+    resampled = np.concatenate([tprs(drawn) for drawn in resamples])
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     as_is = _Sides(np.ones((1, members.size), np.int64), np.ones((1, nonmembers.size), np.int64))
     return RocCurve(grid, tprs(as_is)[0], low, high)
+
+
+def _descending(values: npt.ArrayLike, groups: Labels | None, name: str) -> tuple[Floats, Integers]:
+    """The scores from the highest down, and their groups' codes in that order."""
+    scores = score_array(values, name)
+    order = np.argsort(scores)[::-1]
+    return scores[order], label_codes(groups, scores.size, f"{name}_groups")[order]
+
+
+def _share(passed: Booleans, groups: Labels | None) -> Estimate:
+    if groups is None:
+        return clopper_pearson(int(passed.sum()), passed.size)
+    return korn_graubard(passed, groups)
 
 
 def _share_below(values: Floats, reference: Floats) -> Floats:
@@ -413,10 +438,17 @@ def _draw_counts(rng: np.random.Generator, codes: Integers, rows: int) -> Intege
 
 
 def _weighted_auc(drawn: _Sides, below: Integers, not_above: Integers) -> Floats:
-    """One AUC a row; non-members ascending, `below`/`not_above` each member's place among them."""
-    ahead = np.pad(drawn.nonmember.cumsum(axis=1), ((0, 0), (1, 0)))
+    """One AUC a row; both sides ascending, `below`/`not_above` each member's place."""
+    ahead = _counts_before(drawn.nonmember)
     wins = np.einsum("ij,ij->i", drawn.member, ahead[:, below] + ahead[:, not_above])
     return np.asarray(wins / (2.0 * drawn.member.sum(axis=1) * ahead[:, -1]), dtype=np.float64)
+
+
+def _counts_before(counts: Integers) -> Integers:
+    """Sums of the first 0, 1, … entries of each row; one column more than `counts`."""
+    before = np.zeros((len(counts), counts.shape[1] + 1), np.int64)
+    np.cumsum(counts, axis=1, out=before[:, 1:])
+    return before
 
 
 def _too_few(n_controls: int, fpr: float) -> Unresolvable | None:

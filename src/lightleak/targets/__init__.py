@@ -2,7 +2,7 @@
 
 from lightleak.targets.dual_encoder import Bank, DualEncoderTarget, Pairs
 from lightleak.targets.generative import Answers, GenerativeTarget
-from lightleak.targets.loading import load, quiet, untrained
+from lightleak.targets.loading import base_of, load, quiet, untrained
 from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Outputs",
     "Pairs",
     "Target",
+    "base_of",
     "load",
     "quiet",
     "untrained",

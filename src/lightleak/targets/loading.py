@@ -112,6 +112,23 @@ def load(
     )
 
 
+def base_of(
+    target: str | Path, adapter: str | Path | None = None, base: str | Path | None = None
+) -> str | None:
+    """The model that a target was fine-tuned from, as given or as an adapter names it.
+
+    Raises:
+        UserError: it is not there, or an adapter names none.
+    """
+    if adapter is not None:
+        return str(target)
+    if base is None:
+        folder = _resolve(target)
+        return _named_base(folder) if (folder / "adapter_config.json").is_file() else None
+    _resolve(base)
+    return str(base)
+
+
 def untrained(target: Target, seed: int) -> Target:
     """The same architecture with weights drawn at random: what is read without any training."""
     plain = target.plain

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import string
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from itertools import pairwise
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from scipy import fft, ndimage, sparse, stats
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.preprocessing import StandardScaler
+from scipy import linalg, sparse, stats
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import Ridge
 
 from lightleak.errors import UserError
-from lightleak.records import Record, open_rgb
-from lightleak.records.images import image_bytes
 from lightleak.statistics import Estimate, auc, auc_across_folds, holm
+from lightleak.validity.blind_features import DAYS, EPOCH, BlindFeatures, Wording
 
 Floats = npt.NDArray[np.float64]
 Booleans = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 
-LONGEST_SIDE = 128
-TEXT_DIRECTIONS = 16
 # Differences below this level, adjusted for their number, are named.
 SIGNIFICANT = 0.05
-# A word can be a difference when at least this share of the texts has it, and of them lacks it.
-COMMON_WORD = 0.02
+# The ridge of the linear classifiers: that of a logistic regression with C = 1, whose curvature is
+# at most ¼, were its loss a parabola.
+RIDGE = 4.0
+# The null distribution is that of at most this many records: it takes memory n² and time n³.
+LARGEST_NULL = 4000
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Difference:
     Attributes:
         feature: its name.
         sentence: the difference in plain words.
-        auc: P(a suspect has more of it than a control), ties ½.
+        auc: P(a suspect has more of it than a control), ties ½, among records that have it.
         suspect_median: in the feature's own unit.
         control_median: likewise.
         adjusted_p: two-sided Mann–Whitney over groups, Holm-adjusted over all features.
@@ -63,378 +56,292 @@ class BlindBaseline:
     """How well the sets are told apart without any target.
 
     Attributes:
-        text, image, joint: AUC of a classifier that was cross-validated on that part of the
-            records; the interval is `auc_across_folds`'.
+        text, image, joint: AUC of a linear classifier that was cross-validated on that part of
+            the records (joint: on texts, images and fields); the interval is `auc_across_folds`'.
+        trees: likewise of gradient-boosted trees on `features`, which also see sets that differ
+            in spread alone.
+        p_value: of the joint AUC, by permutation of what may have been assigned.
         differences: what differs beyond chance, strongest first.
-        features: what the residual test adjusts for, shape (n, d): statistics of texts and images
-            and the main directions of the texts; no column is constant.
+        features: what the residual test adjusts for, shape (n, d): columns of texts, images and
+            fields, and the main directions of the texts; finite, and no column is constant.
         feature_names: one for each column.
     """
 
     text: Estimate
     image: Estimate
     joint: Estimate
+    trees: Estimate
+    p_value: float
     differences: tuple[Difference, ...]
     features: Floats
     feature_names: tuple[str, ...]
 
+    @property
+    def auc(self) -> Estimate:
+        """That of joint and trees whose interval begins higher: the blind AUC of the verdict."""
+        return max(self.joint, self.trees, key=lambda each: each.low)
+
 
 def blind_baseline(
-    records: Sequence[Record], is_suspect: npt.ArrayLike, *, seed: int, folds: int = 2
+    features: BlindFeatures,
+    is_suspect: npt.ArrayLike,
+    groups: Sequence[str | None],
+    *,
+    seed: int,
+    folds: int = 2,
+    permutations: int = 999,
 ) -> BlindBaseline:
     """Try to tell suspects from controls by the records alone.
 
-    Logistic regressions, cross-validated with groups kept whole: on the texts (TF-IDF of words
-    and characters, length, punctuation, case, digits), on the images (file, size, compression,
-    colour, frequencies, sharpness, texture), and on both.
+    Classifiers, cross-validated with groups kept whole: linear ones (least squares with a ridge)
+    on the texts, on the images, and on both with the fields; and trees.
 
     Args:
-        records: suspects and controls whose images can be opened, in any order.
+        features: of suspects and controls, in any order.
         is_suspect: one entry for each record; shape (n,).
-        seed: of the folds and of the text directions.
+        groups: for each record what it was sampled with, or None; length n.
+        seed: of the folds, the trees and the permutations.
         folds: lowered when a side has fewer groups. Two by default: the interval of K folds is
             about √(K/2) times as wide, which costs more than the larger training sets gain.
+        permutations: how many are drawn; p = (1 + count)/(permutations + 1).
 
     Raises:
         UserError: a side has too few groups for two folds.
-        ValueError: not one entry of `is_suspect` for each record.
+        ValueError: not one entry of `is_suspect` and of `groups` for each record.
     """
     side = np.asarray(is_suspect, dtype=bool)
-    if side.shape != (len(records),):
-        raise ValueError("is_suspect needs one entry for each record")
-    groups = _groups(records)
-    parts = _folds(side, groups, folds, seed)
-    texts, images = _text_columns(records), _image_columns(records)
-    # Fitted on all records at once: no label enters, so nothing of a fold's answer leaks.
-    words = _tfidf(r"(?u)\w+|[^\w\s]", "word", (1, 2))
-    word_weights = words.fit_transform(_documents(records))
-    characters = _tfidf(None, "char_wb", (2, 4)).fit_transform(_documents(records))
-    terms = sparse.hstack([word_weights, characters], format="csr")
+    if side.shape != (len(features),) or len(groups) != side.size:
+        raise ValueError("is_suspect and groups need one entry for each record")
+    draw = _draw(side, groups, folds, seed)
+    text, image, fields = (
+        _standardised(table.design()) for table in (features.text, features.image, features.fields)
+    )
+    joint = np.column_stack([text, image, fields])
+    names, dense = _dense(features)
 
-    def told_apart(columns: Sequence[_Column], weights: Any) -> Estimate:
-        scores = _cross_validated(_design(columns), weights, side, parts)
-        fold = np.empty(side.size, dtype=np.int64)
-        for number, part in enumerate(parts):
-            fold[part] = number
+    def told_apart(scores: Floats) -> Estimate:
+        # Records that look the same are ties, whatever the last bits of their scores.
+        values = scores.astype(np.float32)
         return auc_across_folds(
-            scores[side],
-            scores[~side],
-            fold[side],
-            fold[~side],
-            member_groups=groups[side],
-            nonmember_groups=groups[~side],
+            values[side],
+            values[~side],
+            draw.fold[side],
+            draw.fold[~side],
+            member_groups=draw.group[side],
+            nonmember_groups=draw.group[~side],
         )
 
-    columns = [*texts, *images]
-    named_words = _word_columns(word_weights, words.get_feature_names_out())
-    directions = _text_directions(terms, seed)
-    features = np.column_stack([_design(columns), directions])
-    varies = np.ptp(features, axis=0) > 0
-    names = [column.wording.name for column in columns]
-    names += [f"text direction {number + 1}" for number in range(directions.shape[1])]
     return BlindBaseline(
-        text=told_apart(texts, terms),
-        image=told_apart(images, terms[:, :0]),
-        joint=told_apart(columns, terms),
-        differences=_differences([*columns, *named_words], side, groups),
-        features=features[:, varies],
-        feature_names=tuple(np.array(names)[varies].tolist()),
+        text=told_apart(_linear(_with_terms(text, features.terms), draw)),
+        image=told_apart(_linear(image, draw)),
+        joint=told_apart(_linear(_with_terms(joint, features.terms), draw)),
+        trees=told_apart(_trees(np.column_stack([joint, features.directions]), draw, seed)),
+        p_value=_p_value(joint, features.terms, draw, permutations, seed),
+        differences=_differences(features, draw),
+        features=dense,
+        feature_names=names,
     )
 
 
 @dataclass(frozen=True)
-class _Wording:
-    """How to say that the sets differ in a number or a yes/no that is read off each record.
+class _Draw:
+    """Side, group, fold of each record, and whether its group lies on both sides; shape (n,)."""
 
-    "suspect NOUN VERB MORE" of a number; "so many of the suspect NOUN VERB" of a yes/no, which
-    has no MORE. A skewed number enters a model as its logarithm.
+    side: Booleans
+    group: Integers
+    fold: Integers
+    straddles: Booleans
+
+    def take(self, rows: Integers) -> _Draw:
+        return _Draw(self.side[rows], self.group[rows], self.fold[rows], self.straddles[rows])
+
+    def splits(self) -> Iterator[tuple[Booleans, Booleans]]:
+        """Training and test records of each fold."""
+        for each in np.unique(self.fold):
+            yield self.fold != each, self.fold == each
+
+
+def _draw(side: Booleans, groups: Sequence[str | None], folds: int, seed: int) -> _Draw:
+    """The most folds, up to `folds`, of which each holds suspects and controls.
+
+    Groups are dealt out in random order, a kind at a time (suspects, both, controls) and whatever
+    their size: any exchange of the sides of whole groups of one fold was as likely to lead to the
+    same folds, so labels that move within folds have the distribution that they had.
     """
-
-    name: str
-    noun: str
-    verb: str
-    more: str = ""
-    less: str = ""
-    unit: str = ""
-    skewed: bool = False
-
-
-@dataclass(frozen=True)
-class _Column:
-    wording: _Wording
-    values: Floats
-
-
-TEXT_WORDINGS = (
-    _Wording("text length", "texts", "are", "longer", "shorter", "characters", skewed=True),
-    _Wording("text words", "texts", "have", "more words", "fewer words", skewed=True),
-    _Wording("word length", "texts", "use", "longer words", "shorter words", "characters"),
-    _Wording("punctuation", "texts", "have", "more punctuation", "less punctuation"),
-    _Wording("capitals", "texts", "have", "more capitals", "fewer capitals"),
-    _Wording("digits", "texts", "have", "more digits", "fewer digits"),
-    _Wording("first capital", "texts", "start with a capital letter"),
-    _Wording("final full stop", "texts", "end with a full stop"),
-    _Wording("lines", "texts", "have", "more lines", "fewer lines", skewed=True),
-    _Wording("prompt length", "prompts", "are", "longer", "shorter", "characters", skewed=True),
-)
-
-
-def _text_columns(records: Sequence[Record]) -> list[_Column]:
-    values = np.array([_read_text(record) for record in records])
-    return [_Column(*each) for each in zip(TEXT_WORDINGS, values.T, strict=True)]
-
-
-def _read_text(record: Record) -> list[float]:
-    """The numbers that TEXT_WORDINGS names; shares are of the characters."""
-    text = record.text
-    length, words = max(len(text), 1), len(text.split())
-    return [
-        len(text),
-        words,
-        sum(not character.isspace() for character in text) / max(words, 1),
-        sum(character in string.punctuation for character in text) / length,
-        sum(character.isupper() for character in text) / length,
-        sum(character.isdigit() for character in text) / length,
-        text.lstrip()[:1].isupper(),
-        text.rstrip().endswith("."),
-        len(text.splitlines()),
-        len(record.prompt),
-    ]
-
-
-IMAGE_WORDINGS = (
-    _Wording("file size", "image files", "are", "larger", "smaller", "bytes", skewed=True),
-    _Wording("image width", "images", "are", "wider", "narrower", "pixels", skewed=True),
-    _Wording("image height", "images", "are", "taller", "shorter", "pixels", skewed=True),
-    _Wording("bytes per pixel", "images", "use", "more bytes a pixel", "fewer bytes a pixel"),
-    _Wording("JPEG tables", "images", "are compressed", "more", "less", "table sum", skewed=True),
-    _Wording("EXIF", "images", "carry EXIF data"),
-    _Wording("red", "images", "have", "more red", "less red"),
-    _Wording("green", "images", "have", "more green", "less green"),
-    _Wording("blue", "images", "have", "more blue", "less blue"),
-    _Wording("red contrast", "images", "have", "more contrast in red", "less contrast in red"),
-    _Wording(
-        "green contrast", "images", "have", "more contrast in green", "less contrast in green"
-    ),
-    _Wording("blue contrast", "images", "have", "more contrast in blue", "less contrast in blue"),
-    *(
-        _Wording(f"{band} detail", "images", "have", f"more {band} detail", f"less {band} detail")
-        for band in ("coarse", "medium", "fine", "finest")
-    ),
-    _Wording("sharpness", "images", "are", "sharper", "blurrier", skewed=True),
-    *(
-        _Wording(
-            f"texture {count}",
-            "images",
-            "have",
-            f"more pixels with {count} neighbours of 8 as bright",
-            f"fewer pixels with {count} neighbours of 8 as bright",
+    names = [f"record {i}" if each is None else f"group {each}" for i, each in enumerate(groups)]
+    group = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    suspects, controls = (np.bincount(group, weights=each) > 0 for each in (side, ~side))
+    count = min(folds, suspects.sum(), controls.sum())
+    if count < 2:
+        raise UserError(
+            "too few groups to compare suspects with controls",
+            what_to_do="Give at least two groups (or records without a group) on each side.",
         )
-        for count in range(9)
-    ),
-)
+    kind = controls.astype(np.int64) - suspects
+    fold = np.empty_like(kind)
+    order = np.lexsort((np.random.default_rng(seed).random(kind.size), kind))
+    fold[order] = np.arange(kind.size) % count
+    return _Draw(side, group, fold[group], (kind == 0)[group])
 
 
-def _image_columns(records: Sequence[Record]) -> list[_Column]:
-    files = [_read_file(record) for record in records]
-    pixels = [_read_pixels(open_rgb(record.image)) for record in records]
-    values = np.column_stack([[file.values for file in files], pixels])
-    columns = [_Column(*each) for each in zip(IMAGE_WORDINGS, values.T, strict=True)]
-    for kind, verb in (("format", "are {} files"), ("mode", "are stored as {}")):
-        found = [getattr(file, kind) for file in files]
-        columns += [
-            _Column(
-                _Wording(f"{kind} {each}", "images", verb.format(each)),
-                np.array([other == each for other in found], dtype=np.float64),
-            )
-            for each in sorted(set(found))
-        ]
-    return columns
+def _standardised(columns: Floats) -> Floats:
+    """By all records at once: no label enters, so nothing of a fold's answer leaks."""
+    deviation = columns.std(axis=0) * (np.ptp(columns, axis=0) > 0)
+    centred = columns - columns.mean(axis=0)
+    divided: Floats = np.divide(centred, deviation, out=np.zeros_like(columns), where=deviation > 0)
+    return divided
 
 
-@dataclass(frozen=True)
-class _File:
-    """What a file says before it is decoded; `values` are the first six of IMAGE_WORDINGS."""
-
-    values: list[float]
-    format: str
-    mode: str
+def _with_terms(columns: Floats, terms: Any) -> Any:
+    return sparse.hstack([sparse.csr_array(columns), terms], format="csr")
 
 
-def _read_file(record: Record) -> _File:
-    encoded = image_bytes(record.image)
-    size = len(encoded)
-    with warnings.catch_warnings():
-        # The records room has a limit of its own, and refused what is beyond it.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(BytesIO(encoded)) as image:
-            tables = getattr(image, "quantization", None) or {}
-            return _File(
-                values=[
-                    size,
-                    image.width,
-                    image.height,
-                    size / (image.width * image.height),
-                    sum(sum(table) for table in tables.values()),
-                    "exif" in image.info,
-                ],
-                format=image.format or "unknown",
-                mode=image.mode,
-            )
+def _dense(features: BlindFeatures) -> tuple[tuple[str, ...], Floats]:
+    tables = (features.text, features.image, features.fields)
+    names = [wording.name for table in tables for wording in table.wordings]
+    names += [f"text direction {i + 1}" for i in range(features.directions.shape[1])]
+    columns = np.column_stack([*(table.design() for table in tables), features.directions])
+    varies = np.ptp(columns, axis=0) > 0
+    return tuple(np.array(names)[varies].tolist()), columns[:, varies]
 
 
-def _read_pixels(image: Image.Image) -> list[float]:
-    """Colour, frequencies, sharpness and texture of a small copy; intensities run from 0 to 1."""
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    colours = np.asarray(image, dtype=np.float64) / 255
-    grey = colours.mean(axis=2)
-    return [
-        *colours.mean(axis=(0, 1)),
-        *colours.std(axis=(0, 1)),
-        *_detail(grey),
-        float(ndimage.laplace(grey).var()),
-        *_texture(grey),
-    ]
-
-
-def _detail(grey: Floats) -> list[float]:
-    """Share of the contrast in each octave of the cosine transform, from coarse to finest."""
-    power = fft.dctn(grey, norm="ortho") ** 2
-    down, across = (np.arange(size) / size for size in grey.shape)
-    radius = np.hypot(down[:, None], across[None, :])
-    power[0, 0] = 0
-    edges = (0, 1 / 8, 1 / 4, 1 / 2, 2)
-    total = power.sum() or 1.0
-    return [
-        float(power[(radius >= low) & (radius < high)].sum() / total)
-        for low, high in pairwise(edges)
-    ]
-
-
-def _texture(grey: Floats) -> list[float]:
-    """Share of pixels with 0 … 8 neighbours at least as bright: a local binary pattern, counted."""
-    padded = np.pad(grey, 1, mode="edge")
-    height, width = grey.shape
-    counts = sum(
-        (padded[row : row + height, column : column + width] >= grey).astype(np.int64)
-        for row in range(3)
-        for column in range(3)
-        if (row, column) != (1, 1)
-    )
-    return [float(share) for share in np.bincount(np.ravel(counts), minlength=9) / grey.size]
-
-
-def _documents(records: Sequence[Record]) -> list[str]:
-    """Prompt and text; one prompt for all would only dilute the texts."""
-    if len({record.prompt for record in records}) == 1:
-        return [record.text for record in records]
-    return [f"{record.prompt}\n{record.text}" for record in records]
-
-
-def _tfidf(pattern: str | None, analyzer: str, lengths: tuple[int, int]) -> TfidfVectorizer:
-    return TfidfVectorizer(
-        analyzer=analyzer,
-        ngram_range=lengths,
-        token_pattern=pattern,
-        max_features=3000,
-        sublinear_tf=True,
-    )
-
-
-def _word_columns(weights: Any, names: npt.NDArray[np.str_]) -> list[_Column]:
-    present = (weights > 0).astype(np.float64)
-    share = np.asarray(present.mean(axis=0)).ravel()
-    common = np.flatnonzero((share >= COMMON_WORD) & (share <= 1 - COMMON_WORD))
-    return [
-        _Column(
-            _Wording(f"word “{names[index]}”", "texts", f"contain “{names[index]}”"),
-            present[:, [index]].toarray().ravel(),
-        )
-        for index in common
-        if names[index].isalnum()
-    ]
-
-
-def _text_directions(terms: Any, seed: int) -> Floats:
-    count = min(TEXT_DIRECTIONS, min(terms.shape) - 1)
-    if count < 1:
-        return np.empty((terms.shape[0], 0))
-    return np.asarray(TruncatedSVD(count, random_state=seed).fit_transform(terms))
-
-
-def _design(columns: Sequence[_Column]) -> Floats:
-    return np.column_stack(
-        [
-            np.log(column.values + 1e-4) if column.wording.skewed else column.values
-            for column in columns
-        ]
-    )
-
-
-def _groups(records: Sequence[Record]) -> Integers:
-    labels = [
-        f"record {index}" if record.group is None else f"group {record.group}"
-        for index, record in enumerate(records)
-    ]
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
-
-
-def _folds(side: Booleans, groups: Integers, folds: int, seed: int) -> list[Integers]:
-    """The most folds, up to `folds`, of which each holds suspects and controls."""
-    smaller = min(np.unique(groups[side]).size, np.unique(groups[~side]).size)
-    for count in range(min(folds, smaller), 1, -1):
-        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-        parts = [test for _, test in splitter.split(groups, side, groups)]
-        if all(side[part].any() and not side[part].all() for part in parts):
-            return parts
-    raise UserError(
-        "too few groups to compare suspects with controls",
-        what_to_do="Give at least two groups (or records without a group) on each side.",
-    )
-
-
-def _cross_validated(
-    design: Floats, terms: Any, side: Booleans, parts: Sequence[Integers]
-) -> Floats:
-    """Decision values, each from a fit on the other folds."""
-    scores = np.empty(side.size)
-    for test in parts:
-        train = np.setdiff1d(np.arange(side.size), test)
-        scaler = StandardScaler().fit(design[train])
-        inputs = sparse.hstack([scaler.transform(design), terms], format="csr")
-        model = LogisticRegression(solver="liblinear").fit(inputs[train], side[train])
-        scores[test] = model.decision_function(inputs[test])
+def _linear(inputs: Any, draw: _Draw) -> Floats:
+    """Scores by least squares with a ridge, each from a fit on the other folds."""
+    scores = np.zeros(draw.side.size)
+    for train, test in draw.splits():
+        labels = draw.side[train] - draw.side[train].mean()
+        model = Ridge(RIDGE, fit_intercept=False).fit(inputs[train], labels)
+        scores[test] = model.predict(inputs[test])
     return scores
 
 
-def _differences(
-    columns: Sequence[_Column], side: Booleans, groups: Integers
-) -> tuple[Difference, ...]:
-    varying = [column for column in columns if np.ptp(column.values) > 0]
-    values = np.column_stack([column.values for column in varying])
-    # One value a group and side, since records of a group are no independent evidence.
-    suspects, controls = (_group_means(values[rows], groups[rows]) for rows in (side, ~side))
-    p_values = holm(stats.mannwhitneyu(suspects, controls, method="asymptotic").pvalue)
+def _trees(columns: Floats, draw: _Draw, seed: int) -> Floats:
+    scores = np.zeros(draw.side.size)
+    for train, test in draw.splits():
+        model = HistGradientBoostingClassifier(
+            max_iter=60,
+            max_leaf_nodes=8,
+            min_samples_leaf=5,
+            early_stopping=False,
+            random_state=seed,
+        ).fit(columns[train], draw.side[train])
+        scores[test] = model.decision_function(columns[test])
+    return scores
+
+
+def _p_value(columns: Floats, terms: Any, draw: _Draw, permutations: int, seed: int) -> float:
+    """Of the AUC of `_linear`, in its dual form: one solution serves all permutations.
+
+    With K = XXᵀ the scores are K_test,train (K_train + λI)⁻¹ y. Folds stay as they are and labels
+    move within them, so that each permutation trains and tests on as much as the truth did.
+    """
+    rows = _thinned(draw, seed)
+    columns, terms, draw = columns[rows], terms[rows], draw.take(rows)
+    kernel = columns @ columns.T + (terms @ terms.T).toarray()
+    labels = _labels(draw, permutations, seed)
+    aucs = np.zeros(1 + permutations)
+    for train, test in draw.splits():
+        ridged = kernel[np.ix_(train, train)] + RIDGE * np.eye(train.sum())
+        centred = labels[train] - labels[train].mean(axis=0)
+        duals = linalg.solve(ridged, centred, assume_a="pos", overwrite_a=True)
+        aucs += _aucs(kernel[np.ix_(test, train)] @ duals, labels[test])
+    # The truth is among them; AUCs that are equal may differ in their last bits.
+    return float(np.mean(aucs >= aucs[0] - 1e-9))
+
+
+def _thinned(draw: _Draw, seed: int) -> Integers:
+    """All records; of more than LARGEST_NULL, some of each group, or of as many as there may be.
+
+    What is kept depends on the sides as the folds do, by numbers that no exchange of labels
+    changes, and leaves the null as exact.
+    """
+    if draw.side.size <= LARGEST_NULL:
+        return np.arange(draw.side.size)
+    rng = np.random.default_rng([seed, 1])
+    rows = rng.permutation(draw.side.size)
+    # The same number of each group and side; a group on both sides is two halves.
+    _, half, sizes = np.unique(
+        2 * draw.group[rows] + draw.side[rows], return_inverse=True, return_counts=True
+    )
+    by_half = np.argsort(half, kind="stable")
+    rank = np.arange(rows.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rows = rows[by_half][rank < max(1, LARGEST_NULL // sizes.size)]
+    if rows.size <= LARGEST_NULL:
+        return rows
+    # Too many groups: as many of each kind and fold, at random, of one record or one a side.
+    rows = rows[np.argsort(rng.random(draw.group.max() + 1)[draw.group[rows]], kind="stable")]
+    kind = np.where(draw.straddles, 2, draw.side)[rows]
+    cells = [
+        (rows[(draw.fold[rows] == fold) & (kind == each)], 1 + (each == 2))
+        for fold in np.unique(draw.fold)
+        for each in np.unique(kind)
+    ]
+    most = LARGEST_NULL // sum(halves for _, halves in cells)
+    return np.concatenate([cell[: most * halves] for cell, halves in cells])
+
+
+def _labels(draw: _Draw, permutations: int, seed: int) -> Floats:
+    """The sides, and permutations of them, as 0 and 1; shape (n, 1 + permutations).
+
+    A group that lies wholly on one side is one unit, which trades labels with the others of its
+    fold; the records of a group on both sides trade labels among themselves (as in
+    `permutation_test`).
+    """
+    alone = draw.group.max() + 1 + np.arange(draw.side.size)
+    units = np.where(draw.straddles, alone, draw.group)
+    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
+    stratum = np.where(draw.straddles, draw.group, -1 - draw.fold)[first]
+    labels = np.repeat(draw.side[first, None].astype(np.float64), 1 + permutations, axis=1)
+    rng = np.random.default_rng([seed, 2])
+    for each in np.unique(stratum):
+        rows = stratum == each
+        labels[rows, 1:] = rng.permuted(labels[rows, 1:], axis=0)
+    return labels[unit]
+
+
+def _aucs(scores: Floats, labels: Floats) -> Floats:
+    """One AUC a column."""
+    suspects = labels.sum(axis=0)
+    wins = (stats.rankdata(scores, axis=0) * labels).sum(axis=0) - suspects * (suspects + 1) / 2
+    return np.asarray(wins / (suspects * (len(labels) - suspects)))
+
+
+def _differences(features: BlindFeatures, draw: _Draw) -> tuple[Difference, ...]:
+    compared: list[tuple[Wording, Floats, Floats]] = []
+    p_values: list[float] = []
+    for table in (features.text, features.image, features.fields, features.words):
+        for wording, column in zip(table.wordings, table.values.T, strict=True):
+            known = ~np.isnan(column)
+            suspects, controls = known & draw.side, known & ~draw.side
+            if not suspects.any() or not controls.any() or np.ptp(column[known]) == 0:
+                continue
+            means = (_group_means(column[rows], draw.group[rows]) for rows in (suspects, controls))
+            p_value = stats.mannwhitneyu(*means, method="asymptotic").pvalue
+            # Groups that are all alike have no p-value.
+            p_values.append(np.nan_to_num(p_value, nan=1.0))
+            compared.append((wording, column[suspects], column[controls]))
+    if not compared:
+        return ()
     found = [
-        _difference(column, side, float(p_value))
-        for column, p_value in zip(varying, p_values, strict=True)
+        _difference(wording, suspect, control, float(p_value))
+        for (wording, suspect, control), p_value in zip(compared, holm(p_values), strict=True)
         if p_value <= SIGNIFICANT
     ]
     return tuple(sorted(found, key=lambda each: -abs(each.auc - 0.5)))
 
 
 def _group_means(values: Floats, groups: Integers) -> Floats:
+    """One value a group, since records of a group are no independent evidence."""
     _, code, count = np.unique(groups, return_inverse=True, return_counts=True)
-    sums = np.zeros((count.size, values.shape[1]))
-    np.add.at(sums, code, values)
-    return sums / count[:, None]
+    return np.asarray(np.bincount(code, weights=values) / count)
 
 
-def _difference(column: _Column, side: Booleans, adjusted_p: float) -> Difference:
-    suspect, control = column.values[side], column.values[~side]
+def _difference(
+    wording: Wording, suspect: Floats, control: Floats, adjusted_p: float
+) -> Difference:
     return Difference(
-        feature=column.wording.name,
-        sentence=_sentence(column.wording, suspect, control),
+        feature=wording.name,
+        sentence=_sentence(wording, suspect, control),
         auc=auc(suspect, control),
         suspect_median=float(np.median(suspect)),
         control_median=float(np.median(control)),
@@ -442,7 +349,7 @@ def _difference(column: _Column, side: Booleans, adjusted_p: float) -> Differenc
     )
 
 
-def _sentence(wording: _Wording, suspect: Floats, control: Floats) -> str:
+def _sentence(wording: Wording, suspect: Floats, control: Floats) -> str:
     if not wording.more:
         return (
             f"{suspect.mean():.0%} of suspect {wording.noun} {wording.verb}, "
@@ -452,6 +359,11 @@ def _sentence(wording: _Wording, suspect: Floats, control: Floats) -> str:
     name = "median" if np.median(suspect) != np.median(control) else "mean"
     left, right = (float(getattr(np, name)(values)) for values in (suspect, control))
     word = wording.more if auc(suspect, control) > 0.5 else wording.less
+    if wording.unit == DAYS:
+        dates = " against ".join(
+            f"{EPOCH + timedelta(days=each):%Y-%m-%d}" for each in (left, right)
+        )
+        return f"suspect {wording.noun} {wording.verb} {word} ({name} {dates})"
     ratio = max(left, right) / min(left, right) if min(left, right) > 0 else 1.0
     times = f"{ratio:.1f}× " if ratio >= 1.1 else ""
     return (

@@ -8,20 +8,46 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import imagehash
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image
 from scipy import sparse
 
+from lightleak.errors import UserError
 from lightleak.records import Record, open_rgb
 
-Kind = Literal["same image and text", "identical image", "near-identical image", "same text"]
+Kind = Literal[
+    "same image and text",
+    "identical image",
+    "near-identical image",
+    "same text",
+    "near-identical text",
+    "near-identical embedding",
+]
 
-# Short and templated texts repeat by nature; from this many words on a repetition is a copy.
+# Short texts repeat by nature; from this many words on a repetition is a copy. Where a script
+# sets no spaces, a word counts as two characters.
 LONG_TEXT_WORDS = 8
+WORD_CHARACTERS = 2
+# Thai, Lao; Burmese; Khmer; kana; Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+SHINGLE_WORDS, SHINGLE_CHARACTERS = 3, 5
+# Nearly the same texts share this much of what either says (Jaccard index of their shingles), and
+# as many shingles as the shortest long text has that only few texts hold: what more than so many
+# different texts share is a template, and two that fill it in differ where it counts.
+TEXT_SIMILARITY = 0.8
+FEWEST_OWN = LONG_TEXT_WORDS - SHINGLE_WORDS + 1
+TEMPLATE_TEXTS = 10
 # Of the 64 bits of each hash. Recompression and resizing change up to about 6.
 HASH_DISTANCE = 8
 # Small pictures of a few shapes on a flat ground share hashes without being copies, so no part
@@ -59,29 +85,44 @@ class Duplicates:
     groups: tuple[int, ...]
 
 
-def find_duplicates(records: Sequence[Record], is_suspect: npt.ArrayLike) -> Duplicates:
-    """Find copies among all records: same pixels, nearly the same picture, same long text.
+def find_duplicates(
+    records: Sequence[Record],
+    is_suspect: npt.ArrayLike,
+    *,
+    embeddings: npt.ArrayLike | None = None,
+    cosine: float = 0.97,
+) -> Duplicates:
+    """Find copies among all records: same pixels, nearly the same picture, nearly the same text.
 
     Images are the same when their decoded RGB pixels are (SHA-256), and nearly the same when
     perceptual and difference hash both are close and no part of the picture differs visibly.
     Texts are the same when they agree after Unicode normalisation (NFKC), without case,
-    punctuation and repeated spaces; only texts of at least 8 words count by themselves.
+    punctuation and repeated spaces, and nearly the same when of their runs of three words (five
+    characters where a script sets no spaces) at least 0.8 are common to both, beyond what many
+    texts share; only texts of at least 8 words count by themselves.
 
-    Source: hashes of the ImageHash library (pHash, dHash).
+    Source: hashes of the ImageHash library (pHash, dHash); shingles and their resemblance, Broder
+    1997.
+
+    Args:
+        records: of both sides.
+        is_suspect: (n,) the side of each.
+        embeddings: (n, d), none of length 0, by any model but the target; None looks at none.
+        cosine: from which similarity two embeddings are those of copies.
 
     Raises:
         UserError: an image cannot be opened.
-        ValueError: not one entry of `is_suspect` for each record.
+        ValueError: not one entry of `is_suspect`, or row of `embeddings`, for each record.
     """
     side = np.asarray(is_suspect, dtype=bool)
     if side.shape != (len(records),):
         raise ValueError("is_suspect needs one entry for each record")
     pictures = [_fingerprint(open_rgb(record.image)) for record in records]
     texts = [_normalised(record.text) for record in records]
+    shingles = [_shingles(text) for text in texts]
     same_image = _classes(picture.digest for picture in pictures)
     same_text = _classes(
-        text if text.count(" ") + 1 >= LONG_TEXT_WORDS else index
-        for index, text in enumerate(texts)
+        text if shingles[index].size else index for index, text in enumerate(texts)
     )
     kinds: dict[tuple[int, int], Kind] = {}
     for copies in same_image:
@@ -95,6 +136,12 @@ def find_duplicates(records: Sequence[Record], is_suspect: npt.ArrayLike) -> Dup
     for copies in same_text:
         for pair in _links(copies, copies, side):
             kinds.setdefault(pair, "same text")
+    for one, other in _near_texts([shingles[copies[0]] for copies in same_text]):
+        for pair in _links(same_text[one], same_text[other], side):
+            kinds.setdefault(pair, "near-identical text")
+    if embeddings is not None:
+        for pair in _near_embeddings(np.asarray(embeddings, dtype=np.float32), side, cosine):
+            kinds.setdefault(pair, "near-identical embedding")
     pairs = [DuplicatePair(*pair, kind) for pair, kind in sorted(kinds.items())]
     within = tuple(pair for pair in pairs if side[pair.first] == side[pair.second])
     return Duplicates(
@@ -102,6 +149,49 @@ def find_duplicates(records: Sequence[Record], is_suspect: npt.ArrayLike) -> Dup
         within=within,
         groups=_groups(records, within),
     )
+
+
+def read_embeddings(file: Path, ids: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Embeddings (n, d) of the records with these ids, from Parquet with columns id and embedding.
+
+    Raises:
+        UserError: it cannot be read, lacks a column or a record, or an embedding is null, has
+            another length than the rest, a number that is not finite, or no direction.
+    """
+    try:
+        table = pq.read_table(file, columns=["id", "embedding"]).select(["id", "embedding"])
+        names = table["id"].cast(pa.string()).to_pylist()
+        lengths = pc.fill_null(pc.list_value_length(table["embedding"]), 0).to_numpy()
+        flat = pc.list_flatten(table["embedding"]).cast(pa.float32()).to_numpy()
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UserError(
+            f"no embeddings can be read from it ({error})",
+            str(file),
+            "Give a Parquet file with the columns id and embedding, a list of numbers.",
+        ) from error
+    rows = {name: row for row, name in enumerate(names)}
+    missing = [name for name in ids if name not in rows]
+    if missing:
+        raise UserError(
+            f"{len(missing)} record(s) have no embedding in it, the first {missing[0]!r}", str(file)
+        )
+    odd = np.flatnonzero(lengths != lengths[0])
+    if odd.size:
+        raise UserError(
+            f"it has {lengths[odd[0]]} numbers, and the first embedding has {lengths[0]}",
+            f"{file}, {names[odd[0]]}",
+        )
+    vectors = flat.reshape(len(names), -1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(vectors, axis=1)
+    odd = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if odd.size:
+        raise UserError(
+            "its embedding is zero or not finite, and so has no direction",
+            f"{file}, {names[odd[0]]}",
+            "Leave the record out, or embed it anew.",
+        )
+    return np.asarray(vectors[[rows[name] for name in ids]])
 
 
 @dataclass(frozen=True)
@@ -127,6 +217,64 @@ def _fingerprint(image: Image.Image) -> _Fingerprint:
 def _normalised(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", folded))
+
+
+def _shingles(text: str) -> npt.NDArray[np.int64]:
+    """Hashes of the runs of words or characters in a normalised text; none for a short one.
+
+    The hashes differ between processes, and only whether two are equal is ever used.
+    """
+    letters = text.replace(" ", "")
+    words: Sequence[str] = text.split()
+    width, long = SHINGLE_WORDS, len(words) >= LONG_TEXT_WORDS
+    if 2 * len(UNSPACED.findall(letters)) > len(letters):
+        words, width = letters, SHINGLE_CHARACTERS
+        long = len(letters) >= LONG_TEXT_WORDS * WORD_CHARACTERS
+    runs = zip(*(words[start:] for start in range(width)), strict=False)
+    return np.array(list(set(map(hash, runs))) if long else [], dtype=np.int64)
+
+
+def _near_texts(shingles: Sequence[npt.NDArray[np.int64]]) -> Iterator[tuple[int, int]]:
+    """Pairs of different texts that are nearly the same.
+
+    What only few texts hold leads from each to its likes directly, so no pair is missed, and
+    there is no need to estimate the index (MinHash).
+    """
+    sizes = np.array([each.size for each in shingles], dtype=np.int64)
+    codes = np.concatenate([*shingles, np.empty(0, np.int64)])
+    _, columns, texts = np.unique(codes, return_inverse=True, return_counts=True)
+    held = sparse.csr_array(
+        (np.ones(codes.size, np.int32), columns, np.r_[0, sizes.cumsum()]),
+        shape=(sizes.size, texts.size),
+    )
+    own = held[:, (texts > 1) & (texts <= TEMPLATE_TEXTS)]
+    shared = sparse.triu(own @ own.T, 1).tocoo()
+    enough = shared.data >= FEWEST_OWN
+    first, second = shared.row[enough], shared.col[enough]
+    common = held[first].multiply(held[second]).sum(axis=1)
+    near = common >= TEXT_SIMILARITY * (sizes[first] + sizes[second] - common)
+    yield from zip(first[near].tolist(), second[near].tolist(), strict=True)
+
+
+def _near_embeddings(
+    embeddings: npt.NDArray[np.float32], side: npt.NDArray[np.bool_], cosine: float
+) -> Iterator[tuple[int, int]]:
+    """Each record with the first suspect and the first control whose embedding is nearly its own.
+
+    By blocks of rows.
+    """
+    if embeddings.ndim != 2 or len(embeddings) != side.size:
+        raise ValueError("embeddings need one row for each record")
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    rows = max(1, BLOCK_PAIRS // max(side.size, 1))
+    for start in range(0, side.size, rows):
+        close = unit[start : start + rows] @ unit.T >= cosine
+        np.fill_diagonal(close[:, start:], False)
+        for partners in (np.flatnonzero(side), np.flatnonzero(~side)):
+            near = close[:, partners]
+            for row in np.flatnonzero(near.any(axis=1)).tolist():
+                partner = int(partners[near[row].argmax()])
+                yield min(start + row, partner), max(start + row, partner)
 
 
 def _classes(keys: Iterable[Hashable]) -> list[list[int]]:

@@ -20,7 +20,10 @@ from lightleak.errors import UserError
 Finding = Literal["exposed", "no_evidence", "inconclusive"]
 Tier = Literal["randomised", "held_out", "observational", "none"]
 Design = Literal["randomised", "held-out", "observational"]
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "2.0"
+# Classifiers that see the records and no model, by what they look at.
+BLIND_PARTS = ("text", "image", "joint", "trees")
+CountingTest = Literal["permutation", "residual"]
 Range = tuple[float, float]
 
 
@@ -49,6 +52,12 @@ class Cutoffs(Part):
     lopsided_failures: float = Field(
         0.05, ge=0, le=1, description="largest difference in failure rates"
     )
+    effective_share: float = Field(
+        0.20, ge=0, lt=1, description="least share of the controls that resembles the suspects"
+    )
+    control_alarm: float = Field(
+        0.01, gt=0, lt=0.5, description="level at which a negative control alarms"
+    )
 
 
 class RateAtFpr(Part):
@@ -57,6 +66,18 @@ class RateAtFpr(Part):
     tpr: float
     ci95: Range
     fpr_ci95: Range
+
+
+class Prevalence(Part):
+    """Share of the suspects that was used.
+
+    Without known members only a lower bound can be given: the estimate is null, and the interval
+    reaches from the bound to 1.
+    """
+
+    estimate: float | None
+    ci95: Range
+    method: Literal["known members", "lower bound"]
 
 
 class SignalFinding(Part):
@@ -68,6 +89,9 @@ class SignalFinding(Part):
     tpr_at_fpr_reason: dict[str, str] = Field(description="why a rate is null")
     p_value: float | None
     p_value_holm: float | None = Field(description="Holm-adjusted over the signals shown")
+    prevalence: Prevalence | None = Field(
+        None, description="null where the sets differ by themselves or cannot be compared"
+    )
     orientation: str
     n_unscorable: int
     source: str
@@ -82,7 +106,14 @@ class PrimaryFinding(Part):
     auc_ci95: Range | None
     p_value: float | None = Field(description="permutation over the unit of assignment")
     p_value_adjusted: float | None = Field(description="residual test given the blind features")
-    test: Literal["permutation", "residual"] = Field(description="which of the two counts")
+    test: CountingTest = Field(description="which of the two counts")
+    tests: dict[str, float | None] = Field(
+        description="p-values of every test of the set; those that do not count are for comparison"
+    )
+    robustness: float | None = Field(
+        description="share of what is left of side and score that an unseen difference would "
+        "have to explain to bring the residual test's estimate to nought"
+    )
     n_suspect: int
     n_control: int
 
@@ -122,17 +153,52 @@ class PowerFinding(Part):
     control_groups: int
 
 
+class ControlFinding(Part):
+    """A negative control: a comparison in which nothing may be found, or one that explains.
+
+    `p_value` is that of the test that counts; null where it could not be computed.
+    """
+
+    name: str
+    sentence: str
+    auc: float | None = None
+    auc_ci95: Range | None = None
+    p_value: float | None = None
+    fired: bool = Field(False, description="whether it found what it may not: no answer then")
+
+
+class InferenceFinding(Part):
+    """Dataset inference: all signals that need no fit, combined on one half, tested on the other.
+
+    It finds any difference between the sets; beside the verdict, never behind it.
+    """
+
+    p_value: float
+    control_p_value: float = Field(description="controls against controls: must not reject")
+    shuffled_p_value: float = Field(description="with labels dealt anew: must not reject")
+    signals: list[str]
+
+
 class ValidityFinding(Part):
     """The checks behind the verdict."""
 
-    blind_auc: float | None
+    blind_auc: float | None = Field(description="of the stronger of joint and trees")
     blind_auc_ci95: Range | None
+    blind_p_value: float | None = Field(description="permutation null of the joint classifier")
+    effective_share: float | None = Field(
+        description="of the controls, once weighted to resemble the suspects"
+    )
     blind: dict[str, BlindFinding]
     differences: list[DifferenceFinding]
     duplicates: int = Field(description="pairs of records that stand on both sides")
     duplicate_pairs: list[DuplicateFinding]
     power: PowerFinding
-    controls: list[dict[str, Any]] = Field(description="negative controls")
+    controls: list[ControlFinding] = Field(description="negative controls")
+
+    @property
+    def differs(self) -> bool:
+        """Whether the sets are known to differ by themselves, or nothing is known about it."""
+        return self.blind_auc_ci95 is None or self.blind_auc_ci95[0] > 0.5
 
 
 class SideCoverage(Part):
@@ -152,13 +218,6 @@ class Coverage(Part):
     suspect: SideCoverage
     control: SideCoverage
     set_aside: int = Field(0, description="controls that are a dual encoder's bank of negatives")
-
-
-class Prevalence(Part):
-    """Share of the suspects that was used."""
-
-    estimate: float
-    ci95: Range
 
 
 class BaseVerdict(Part):
@@ -202,7 +261,8 @@ class Verdict(BaseVerdict):
     primary: PrimaryFinding
     signals: dict[str, SignalFinding]
     validity: ValidityFinding
-    prevalence: Prevalence | None
+    prevalence: Prevalence | None = Field(description="by the primary signal")
+    dataset_inference: InferenceFinding | None
     coverage: Coverage
     cutoffs: Cutoffs
 
@@ -246,7 +306,7 @@ class Decision:
     verdict: Finding
     tier: Tier
     reasons: tuple[str, ...]
-    test: Literal["permutation", "residual"]
+    test: CountingTest
 
 
 def decide(
@@ -265,8 +325,7 @@ def decide(
     anything.
     """
     forbidding = _forbidding(primary, validity, coverage, cutoffs)
-    test: Literal["permutation", "residual"]
-    tier, test, reasons = _tier(design, validity, cutoffs)
+    tier, test, reasons = counting_test(design, validity, cutoffs)
     if forbidding:
         return Decision("inconclusive", "none", tuple(forbidding), test)
     p_value = primary.p_value if test == "permutation" else primary_p_adjusted
@@ -284,7 +343,7 @@ def decide(
         )
         return Decision("inconclusive", tier, tuple(reasons), test)
     name = "permutation test" if test == "permutation" else "test adjusted for what differs"
-    level = f"{_p(p_value)}, at a level of {cutoffs.alpha:g}"
+    level = f"{p_words(p_value)}, at a level of {cutoffs.alpha:g}"
     if p_value <= cutoffs.alpha:
         reasons.append(f"The {name} rejects chance: {level}.")
         return Decision("exposed", tier, tuple(reasons), test)
@@ -355,15 +414,21 @@ def _forbidding(
             f"{validity.blind_auc:.3f}), so no score of the model can be attributed to training. "
             + " ".join(_as_sentence(each.sentence) for each in validity.differences[:3])
         )
+    share = validity.effective_share
+    if share is not None and share < cutoffs.effective_share:
+        found.append(
+            "Too few controls resemble the suspects: weighted to do so, they are worth "
+            f"{share:.0%} of their number, and {cutoffs.effective_share:.0%} is asked for."
+        )
     if primary.auc is None:
         found.append("The primary signal could not be computed.")
-    found += [control["sentence"] for control in validity.controls if control.get("fired")]
+    found += [control.sentence for control in validity.controls if control.fired]
     return found
 
 
-def _tier(
+def counting_test(
     design: Design, validity: ValidityFinding, cutoffs: Cutoffs
-) -> tuple[Tier, Literal["permutation", "residual"], list[str]]:
+) -> tuple[Tier, CountingTest, list[str]]:
     """The tier that the data bear out, the test that counts there, and why."""
     if validity.blind_auc is None or validity.blind_auc_ci95 is None:
         return "none", "residual", []
@@ -396,7 +461,8 @@ def _tier(
     return "observational", "residual", [f"No random design was declared ({blind}): {adjusted}"]
 
 
-def _p(value: float) -> str:
+def p_words(value: float) -> str:
+    """A p-value in a sentence."""
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
 
 

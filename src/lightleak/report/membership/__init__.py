@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightleak.report.contents import read_table
 from lightleak.report.membership import figures, words
 from lightleak.report.membership.contents import read
 from lightleak.runs import Run
@@ -30,5 +31,6 @@ def fill(run: Run, *, show_images: bool) -> dict[str, Any]:
         "distributions": (
             [] if scores is None else figures.distributions(scores, verdict.primary.signal)
         ),
+        "set_size": figures.set_size(read_table(run.curve_file), verdict.cutoffs.alpha),
         "blind_comparison": figures.blind_comparison(verdict),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from markupsafe import Markup
 
 from lightleak import statistics as st
@@ -16,10 +17,12 @@ from lightleak.validity import Verdict
 
 Floats = npt.NDArray[np.float64]
 
+SMALLEST_P = 1e-6
 LABELS = {
     "text": "Texts alone",
     "image": "Images alone",
     "joint": "Texts and images",
+    "trees": "The same, by trees",
 }
 
 
@@ -172,3 +175,35 @@ def blind_comparison(verdict: Verdict) -> Markup | None:
         axes.set_ylim(-0.6, len(rows) - 0.3)
         axes.set_xlabel("AUC, with 95 % interval")
         return sheet.drawing(f"AUC without and with the model: {words}.")
+
+
+def set_size(curve: pa.Table, alpha: float) -> Markup | None:
+    """How the p-value falls with the number of suspects; None where that is not known."""
+    if not curve.num_rows:
+        return None
+    sizes, median, low, high = (
+        curve[name].to_numpy() for name in ("sizes", "p_median", "p_low", "p_high")
+    )
+    # Far down, the normal approximation of the test is not to be believed.
+    median, low, high = (np.clip(values, SMALLEST_P, 1) for values in (median, low, high))
+    enough = sizes[median <= alpha]
+    words = (
+        f"half of all draws of {enough[0]:,} suspects reach p = {alpha:g}"
+        if enough.size
+        else f"not half of the draws reach p = {alpha:g}, not even of all {sizes[-1]:,} suspects"
+    )
+    with canvas("set-size", 2.6) as sheet:
+        axes = sheet.axes
+        axes.fill_between(sizes, low, high, color=SUSPECT, alpha=0.18, lw=0)
+        axes.plot(sizes, median, color=SUSPECT, lw=1.6)
+        axes.axhline(alpha, color=CONTROL, lw=1, ls=(0, (4, 3)))
+        axes.text(sizes[-1], alpha, f"p = {alpha:g} ", color=CONTROL, ha="right", va="bottom")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = sorted({int(sizes[0]), int(sizes[len(sizes) // 2]), int(sizes[-1])})
+        axes.set_xticks(ticks, [f"{each:,}" for each in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(bottom=max(SMALLEST_P, 0.5 * min(low.min(), alpha)), top=1)
+        axes.set_xlabel("suspects (independent ones)")
+        axes.set_ylabel("p, unadjusted")
+        return sheet.drawing(f"p-value by the number of suspects: {words}.")

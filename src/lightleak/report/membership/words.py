@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightleak import statistics as st
 from lightleak.report.membership.contents import FALSE_DISCOVERY_RATE, Claims
 from lightleak.report.words import Check, Mark, p_value, percent
 from lightleak.validity import Design, Verdict
+from lightleak.validity.verdict import InferenceFinding, Prevalence
 
 # From the weakest to the strongest.
 TIERS = {
@@ -49,6 +52,109 @@ GLOSSARY = {
     "Blind baseline": "Classifiers that see the records and never the model. What they can tell "
     "apart, no score of the model can be credited for.",
 }
+
+
+def plainly(verdict: Verdict) -> list[tuple[str, str]]:
+    """The verdict for a reader who knows no statistics: questions and answers."""
+    primary = verdict.primary
+    said = [
+        (
+            "What was compared?",
+            f"{primary.n_suspect:,} records that may have been trained on, the suspects, with "
+            f"{primary.n_control:,} of the same kind that are known not to have been, the "
+            "controls. The model was shown each of them, and gave one number that says how "
+            "familiar the record is to it.",
+        )
+    ]
+    if primary.auc is not None:
+        said.append(
+            (
+                "What was seen?",
+                f"Of 100 pairs of one suspect and one control, the suspect is the more familiar "
+                f"one in about {100 * primary.auc:.0f}. If training made no difference, it would "
+                f"be about 50. {_without_model(verdict)}",
+            )
+        )
+    return [*said, ("What follows?", _follows(verdict)), ("What does it rest on?", _rests(verdict))]
+
+
+def _without_model(verdict: Verdict) -> str:
+    blind = verdict.validity.blind_auc
+    if blind is None:
+        return "Whether the records differ by themselves could not be checked."
+    told = f"A program that sees only the records, and never the model, gets {100 * blind:.0f}"
+    if verdict.validity.differs:
+        return f"{told}: the two sets differ by themselves, whatever the model was trained on."
+    return f"{told}, which is no better than chance: the two sets look alike."
+
+
+def _follows(verdict: Verdict) -> str:
+    if verdict.verdict == "exposed":
+        return (
+            "The model treats the suspects differently from the controls, by more than chance "
+            "and more than what the records themselves explain. The likely reason is that at "
+            "least some were used to train it."
+        )
+    if verdict.verdict == "no_evidence":
+        return (
+            "Nothing was found, although a moderate effect would have been. So most of the "
+            "suspects were probably not used in a way that left a trace; a few of them may be."
+        )
+    return (
+        "Nothing, in either direction. A number can always be computed; here it cannot be told "
+        "whether training is behind it. The reasons above say what stands in the way."
+    )
+
+
+def _rests(verdict: Verdict) -> str:
+    return {
+        "randomised": "On the declaration that lots decided which records could be trained on. If "
+        "they did, only training can explain the difference.",
+        "held_out": "On the declaration that the controls were set aside at random and never "
+        "trained on. The records look as if that were so.",
+        "observational": "On the controls being like the suspects in everything that matters. "
+        "What a program can see of the records was taken into account; what it cannot was not.",
+        "none": "No design was found that could carry an answer.",
+    }[verdict.tier]
+
+
+def stronger(verdict: Verdict, settings: Mapping[str, Any]) -> list[str]:
+    """What would make the evidence stronger, the most useful first."""
+    validity, cutoffs = verdict.validity, verdict.cutoffs
+    found: list[str] = []
+    if validity.duplicates:
+        found.append("Leave out the records that stand on both sides (--drop-duplicates).")
+    if validity.differs and validity.differences:
+        named = "; ".join(each.sentence for each in validity.differences[:2])
+        found.append(
+            f"Other controls, from the same source and time as the suspects. These differ: {named}."
+        )
+    if not any(each.name in ("base", "control target") for each in validity.controls):
+        found.append(
+            "A model that cannot have seen the suspects, such as the one that this was fine-tuned "
+            "from (--base) or another of its kind (--control-target): what it shows, too, does "
+            "not come from training on them."
+        )
+    least = validity.power.min_detectable_auc
+    if least is None or least > cutoffs.detectable_auc:
+        needed = st.minimum_set_size(cutoffs.detectable_auc, alpha=cutoffs.alpha)
+        found.append(f"More records: about {needed:,} independent ones on each side.")
+    if verdict.tier != "randomised":
+        found.append(
+            "Lots: where the owner decides by a random draw which records may be trained on, and "
+            "keeps the others back, nothing but training can tell the two apart "
+            "(--design randomised)."
+        )
+    if settings["design"] != "observational" and not settings.get("documentation"):
+        found.append(
+            "A document that says how suspects and controls came apart, from before the audit "
+            "(--documentation); its hash would stand in this report."
+        )
+    found.append(
+        "For the future: canaries, records planted by lot before the data is given away, which "
+        "prove their use without comparing sets that somebody chose."
+    )
+    return found
 
 
 def not_shown(verdict: Verdict) -> list[str]:
@@ -109,6 +215,7 @@ def checks(verdict: Verdict, blind_unknown: str | None) -> list[Check]:
     """Every validity check, passed or not."""
     return [
         _blind(verdict, blind_unknown),
+        _resemblance(verdict),
         _duplicates(verdict),
         _power(verdict),
         _coverage(verdict),
@@ -130,6 +237,19 @@ def _blind(verdict: Verdict, unknown: str | None) -> Check:
             name, "caution", f"{measured} They differ beyond chance; the residual test adjusts."
         )
     return Check(name, "passed", f"{measured} No difference beyond chance was found.")
+
+
+def _resemblance(verdict: Verdict) -> Check:
+    name = "Enough controls resemble the suspects"
+    share, limit = verdict.validity.effective_share, verdict.cutoffs.effective_share
+    if share is None:
+        return Check(name, "not possible", "There are too few records to weight them.")
+    return Check(
+        name,
+        "passed" if share >= limit else "failed",
+        f"Weighted to resemble the suspects, the controls are worth {percent(share)} of their "
+        f"number; {percent(limit)} is asked for.",
+    )
 
 
 def _duplicates(verdict: Verdict) -> Check:
@@ -189,18 +309,19 @@ def set_aside(verdict: Verdict) -> str:
 
 def _negative_controls(verdict: Verdict) -> list[Check]:
     name = "Where nothing can be found, nothing is"
-    controls = verdict.validity.controls
-    if not controls:
-        return [Check(name, "not run", "No negative control was run.")]
     return [
-        Check(name, "failed" if each.get("fired") else "passed", each["sentence"])
-        for each in controls
-    ]
+        Check(
+            f"{name}: {each.name}",
+            "not possible" if each.p_value is None else "failed" if each.fired else "passed",
+            each.sentence,
+        )
+        for each in verdict.validity.controls
+    ] or [Check(name, "not run", "No negative control was run.")]
 
 
 @dataclass(frozen=True)
 class Test:
-    """One of the two tests of the primary signal, and whether it is the one that counts."""
+    """One test of the primary signal, and whether it is the one that counts."""
 
     name: str
     asks: str
@@ -210,8 +331,9 @@ class Test:
 
 
 def tests(verdict: Verdict) -> list[Test]:
-    """Both tests. When a check forbids an answer, neither counts."""
+    """Every test of the primary signal. When a check forbids an answer, none counts."""
     counting = None if verdict.tier == "none" else verdict.primary.test
+    others = {name: verdict.primary.tests.get(name) for name in _OTHER_TESTS}
     return [
         Test(
             "Permutation test",
@@ -227,7 +349,74 @@ def tests(verdict: Verdict) -> list[Test]:
             verdict.primary.p_value_adjusted,
             counting == "residual",
         ),
+        *(
+            Test(name, _OTHER_TESTS[name][0], _OTHER_TESTS[name][1], value, False)
+            for name, value in others.items()
+            if value is not None
+        ),
     ]
+
+
+_OTHER_TESTS = {
+    "residual, linear": ("The residual test, by linear models alone.", "one of the two families"),
+    "residual, trees": ("The residual test, by boosted trees alone.", "one of the two families"),
+    "Mann–Whitney": ("What peers report: do they rank higher?", "Mann and Whitney 1947"),
+    "Welch": ("What peers report: is their mean higher?", "Welch 1947"),
+}
+
+
+def robust(value: float) -> str:
+    """How much hidden difference the adjusted test would withstand."""
+    if value == 0:
+        return "The residual test's estimate is not above nought, so nothing has to explain it away."
+    return (
+        "A difference between the sets that the blind features miss would have to explain "
+        f"{percent(value)} of what is left of both, the side and the score, to bring the residual "
+        "test's estimate to nought (robustness value, Cinelli and Hazlett 2020)."
+    )
+
+
+def share(verdict: Verdict) -> str:
+    """What share of the suspects was used, in a sentence."""
+    found = verdict.prevalence
+    if found is None:
+        why = (
+            "the sets differ by themselves"
+            if verdict.validity.differs
+            else "no test counts here, or its scores share no scale over the folds"
+        )
+        return f"Not estimated: {why}."
+    low, high = found.ci95
+    if found.estimate is None:
+        return (
+            f"At least {percent(low)}, with 95 % confidence. Without known members there is only "
+            "this lower bound, which holds whatever members score."
+        )
+    return (
+        f"{percent(found.estimate)}, 95 % interval {percent(low)} to {percent(high)}, beside the "
+        "known members of the calibration. Where these were used otherwise than the suspects "
+        "(more often, say) the share is off."
+    )
+
+
+def short_share(found: Prevalence | None) -> str:
+    """The same in a cell."""
+    if found is None:
+        return "not estimated"
+    low, high = found.ci95
+    if found.estimate is None:
+        return f"≥ {percent(low)}"
+    return f"{percent(found.estimate)} [{percent(low)}, {percent(high)}]"
+
+
+def inference(found: InferenceFinding) -> str:
+    """Dataset inference, and how its own controls came out."""
+    return (
+        f"Dataset inference (Maini et al. 2024) over {len(found.signals)} signals: p "
+        f"{p_value(found.p_value)}; controls against controls {p_value(found.control_p_value)}, "
+        f"labels dealt anew {p_value(found.shuffled_p_value)}. It finds any difference between "
+        "the sets, in either direction, and so never carries the verdict."
+    )
 
 
 def below_half(verdict: Verdict) -> str | None:

@@ -1,0 +1,193 @@
+"""What a run has stored, read back row by row: evidence, scores, and the records compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lightleak import signals
+from lightleak.audits.settings import AuditSettings
+from lightleak.errors import UserError
+from lightleak.evidence.readings import (
+    AugmentedCosines,
+    ContrastLoss,
+    DropoutCosines,
+    Floats,
+    GradientNorms,
+    GradientSlices,
+    PairEmbeddings,
+    TokenStatistics,
+    slice_axes,
+)
+from lightleak.evidence.table import (
+    SLICE_COLUMNS,
+    augmented_cosines,
+    contrast_loss,
+    dropout_cosines,
+    gradient_norms,
+    gradient_slices,
+    pair_embeddings,
+    token_statistics,
+)
+from lightleak.runs import Run, read_json
+from lightleak.signals import cross
+
+_SLICES = (*SLICE_COLUMNS, "in_reference")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The evidence of one pass and the records it is about, row by row.
+
+    Attributes:
+        folder: where it lies.
+        table: evidence without the slices, n rows.
+        ids: (n,) "suspect/a1"; side, folds: (n,); groups: (n,), copies share one.
+        slice_parts: yields the parts with their slices.
+    """
+
+    folder: Path
+    table: pa.Table
+    ids: list[str]
+    side: NDArray[np.str_]
+    folds: NDArray[np.int64]
+    groups: NDArray[np.str_]
+    slice_parts: Callable[[], Iterator[pa.Table]]
+
+    @property
+    def audited(self) -> NDArray[np.bool_]:
+        """Suspects and controls, not calibration records."""
+        return np.isin(self.side, ("suspect", "control"))
+
+
+def load(run: Run, folder: Path | None = None) -> Measured:
+    """Evidence and records of a run, side by side.
+
+    Args:
+        run: the run.
+        folder: of another pass than the target's: a control model, shuffled texts.
+
+    Raises:
+        UserError: the evidence is not complete.
+    """
+    folder = folder or run.evidence
+    about = pq.read_table(run.evidence / "records.parquet").to_pydict()
+    failed = {
+        key
+        for file in folder.glob("failed-*.parquet")
+        for key in pq.read_table(file)["id"].to_pylist()
+    }
+    place = {key: i for i, key in enumerate(about["id"])}
+    files = sorted(folder.glob("part-*.parquet"))
+    if not files:
+        raise UserError("it holds no evidence yet", str(run.folder), "Run the same audit again.")
+    columns = [n for n in pq.read_schema(files[0]).names if n not in _SLICES]
+    table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+    ids = table["id"].to_pylist()
+    missing = set(place) - set(ids) - failed
+    if missing:
+        raise UserError(
+            f"its evidence is not complete: {len(missing)} record(s) are missing",
+            str(run.folder),
+            "Run the same audit again: it goes on where it was.",
+        )
+    rows = [place[key] for key in ids]
+
+    def slice_parts() -> Iterator[pa.Table]:
+        for file in files:
+            yield pq.read_table(file, columns=list(_SLICES))
+
+    return Measured(
+        folder,
+        table,
+        ids,
+        np.array([about["set"][i] for i in rows]),
+        np.array([about["fold"][i] for i in rows]),
+        np.array([about["group"][i] or about["id"][i] for i in rows]),
+        slice_parts,
+    )
+
+
+def score(settings: AuditSettings, measured: Measured, name: str) -> Floats:
+    """(n,) scores of one signal; NaN where a record cannot be scored or only calibrates."""
+    stored = sorted(measured.folder.glob(f"scored-{name}-*.parquet"))
+    if stored:
+        # The evidence was too large to keep: it was reduced to scores on the way.
+        table = pa.concat_tables([pq.read_table(file) for file in stored]).to_pydict()
+        by_id = dict(zip(table["id"], table["score"], strict=True))
+        return np.array([by_id.get(key, np.nan) for key in measured.ids], dtype=np.float64)
+    signal = signals.get(name)
+    fits = cross(settings.protocol, settings.folds, measured.side, measured.folds)
+    return signal.score(_evidence(measured, signal.needs), fits, settings.options_of(name))
+
+
+_FROM_TABLE: dict[type, Callable[[pa.Table], Any]] = {
+    TokenStatistics: token_statistics,
+    PairEmbeddings: pair_embeddings,
+    AugmentedCosines: augmented_cosines,
+    DropoutCosines: dropout_cosines,
+    ContrastLoss: contrast_loss,
+}
+
+
+def _evidence(measured: Measured, needs: type) -> Any:
+    if needs in _FROM_TABLE:
+        return _FROM_TABLE[needs](measured.table)
+    described = read_json(measured.folder / "gradients.json")
+    matrices = {name: tuple(shape) for name, shape in described["matrices"].items()}
+    if needs is GradientNorms:
+        return gradient_norms(measured.table, list(matrices))
+    if needs is GradientSlices:
+        norms2 = pq.read_table(measured.folder / "reference-norms.parquet")["norms2"].to_pylist()
+        return gradient_slices(
+            measured.slice_parts,
+            len(measured.ids),
+            slice_axes(matrices),
+            np.array(norms2),
+            np.array(described["reference_sizes"]),
+            lora=described["strategy"].startswith("lora"),
+        )
+    raise TypeError(f"no evidence of kind {needs.__name__}")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Scored suspects and controls, as the statistics take them."""
+
+    scores: Floats
+    suspect: NDArray[np.bool_]
+    folds: NDArray[np.int64]
+    groups: NDArray[np.str_]
+    rows: NDArray[np.int64]
+
+    def enough(self, fewest: int = 2) -> bool:
+        """Whether both sides have so many groups, so that there is something to compare."""
+        return min(self.n_groups) >= fewest
+
+    def where(self, kept: NDArray[np.bool_]) -> Compared:
+        """Some of them."""
+        return Compared(*(getattr(self, field.name)[kept] for field in fields(self)))
+
+    @property
+    def n_groups(self) -> tuple[int, int]:
+        """Groups among the suspects and among the controls."""
+        return len(set(self.groups[self.suspect])), len(set(self.groups[~self.suspect]))
+
+
+def compared(measured: Measured, scores: Floats) -> Compared:
+    """The audited records that have a score."""
+    rows = np.flatnonzero(measured.audited & np.isfinite(scores))
+    return Compared(
+        scores[rows],
+        measured.side[rows] == "suspect",
+        measured.folds[rows],
+        measured.groups[rows],
+        rows,
+    )
