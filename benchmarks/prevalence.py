@@ -7,7 +7,8 @@ For each seed the recipe `captions-tiny` trains a target on 1,100 records drawn 
 400 suspects, of whom 0 to 100 % were really used, and 400 controls are drawn again and again from
 the others, and judged from the stored scores by the functions that an audit calls: the share
 beside 200 known members, and the lower bound that a data owner without any would get. Signals
-that are fitted have no known members left, so for them there is only the bound.
+that are fitted have no known members left, so for them there is only the bound. Beside them what
+is commonly counted: the suspects above a threshold that 5 % of the controls exceed.
 
 Three such audits are run in full, too, and compared on one page.
 
@@ -112,7 +113,11 @@ def draw(scores: Scores, share: float, known: bool, rng: np.random.Generator) ->
     k = round(share * SUSPECTS)
     suspect = np.concatenate([used[:k], unused[k:SUSPECTS]])
     control = unused[SUSPECTS : SUSPECTS + CONTROLS]
-    row: dict[str, Any] = {"share": share, "bound": st.prevalence_lower_bound(suspect, control)}
+    row: dict[str, Any] = {
+        "share": share,
+        "bound": st.prevalence_lower_bound(suspect, control),
+        "counted": float(np.mean(suspect > np.quantile(control, 0.95))),
+    }
     if known:
         members = used[SUSPECTS : SUSPECTS + KNOWN]
         row["estimate"], row["low"], row["high"] = astuple(st.prevalence(suspect, members, control))
@@ -126,6 +131,7 @@ def summary(rows: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
     found = {
         "lower bound: mean": float(bounds.mean()),
         "lower bound: holds": float((bounds <= share).mean()),
+        "counted at an FPR of 5 %: mean": float(np.mean([row["counted"] for row in here])),
     }
     if "estimate" in here[0]:
         estimate, low, high = (
@@ -160,31 +166,33 @@ def in_full(target: Target, work: Path) -> list[dict[str, Any]]:
 def picture(results: Mapping[str, Any]) -> None:
     """One panel a signal: estimated against true share, and the bound."""
     found = results["signals"]
-    columns = 4
+    columns = 3
     lines = -(-len(found) // columns)
-    figure = Figure(figsize=(11, 0.5 + 2.75 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axes, (name, each) in zip(panels, found.items(), strict=False):
+    figure = Figure(figsize=(9.5, 0.6 + 2.9 * lines), layout="constrained")
+    panels = iter(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for (name, each), axes in zip(found.items(), panels, strict=False):
         rows = [each["shares"][str(share)] for share in SHARES]
         axes.plot([0, 1], [0, 1], color="#9ca3af", lw=1, ls=(0, (4, 3)))
-        bound = [row["lower bound: mean"] for row in rows]
-        axes.plot(SHARES, bound, color="#b45309", marker="^", ms=5, lw=1, label="lower bound")
         title = f"AUC {np.mean(each['AUC']):.2f}"
         if "estimate: mean" in rows[0]:
-            mean = np.array([row["estimate: mean"] for row in rows])
+            mean = [row["estimate: mean"] for row in rows]
             low, high = np.array([row["interval: mean ends"] for row in rows]).T
-            axes.fill_between(
-                SHARES, low, high, color="#0b5c94", alpha=0.14, lw=0, label="interval"
-            )
-            axes.plot(SHARES, mean, color="#0b5c94", marker="D", ms=4.5, lw=1.4, label="estimate")
+            axes.fill_between(SHARES, low, high, color="#0b5c94", alpha=0.14, lw=0)
+            axes.plot(SHARES, mean, "D-", color="#0b5c94", ms=4.5, lw=1.4, label="estimate")
             title += f", covers {np.mean([row['interval: covers'] for row in rows]):.0%}"
-        axes.set_title(f"$\\bf{{{name}}}$   {title}".replace("_", r"\_"), fontsize=10, loc="left")
+        bound = [row["lower bound: mean"] for row in rows]
+        axes.plot(SHARES, bound, "^-", color="#b45309", ms=5, lw=1, label="lower bound")
+        counted = [row["counted at an FPR of 5 %: mean"] for row in rows]
+        axes.plot(SHARES, counted, "o:", color="#4a5361", ms=4, lw=1, label="counted at 5 % FPR")
+        axes.set_title(name, fontsize=10, weight="bold", loc="left")
+        axes.set_title(title, fontsize=9, loc="right")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=SHARES, yticks=SHARES)
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels:
         axes.set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8.5, loc="upper left")
     figure.supxlabel("suspects that were used", fontsize=10)
     figure.supylabel("share that the audit states", fontsize=10)
     FIGURE.parent.mkdir(exist_ok=True)

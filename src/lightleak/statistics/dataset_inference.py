@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from lightleak.statistics.arrays import Booleans, Floats, Integers, Labels, label_codes
-from lightleak.statistics.permutation import combine_splits
+from lightleak.statistics.permutation import combine_splits, welch
 
 # Values beyond these shares of the training half are outliers, and are set to them.
 CLIPPED_AT = (0.025, 0.975)
@@ -105,7 +104,7 @@ def _over_splits(
     for _ in range(splits):
         test = _half(side, codes, rng)
         scores = _combined(means, side, ~test)[test]
-        p_values.append(_welch(scores[side[test]], scores[~side[test]]))
+        p_values.append(welch(scores[side[test]], scores[~side[test]]))
     return combine_splits(p_values)
 
 
@@ -152,11 +151,3 @@ def _ridge(columns: Floats, centred: Floats) -> Floats:
     freedom = centred.size - 1 - (eigenvalues * shrunk).sum(axis=1)
     best = np.argmin(misfit / freedom**2)
     return np.asarray(vectors @ (along * shrunk[best]), dtype=np.float64)
-
-
-def _welch(suspect: Floats, control: Floats) -> float:
-    """One-sided p-value that suspects score higher on average; 1 where nothing varies."""
-    if np.ptp(np.concatenate([suspect, control])) == 0:
-        return 1.0
-    test = stats.ttest_ind(suspect, control, equal_var=False, alternative="greater")
-    return float(test.pvalue)

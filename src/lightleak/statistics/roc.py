@@ -27,6 +27,9 @@ from lightleak.statistics.intervals import Estimate, clopper_pearson, korn_graub
 # 0.29 × 100 is 28.999… in floating point; counts are meant exactly.
 ROUNDING = 1e-9
 
+# Each block of resamples is read several times, so it should fit a core's cache (2 MB).
+RESAMPLED_ENTRIES = BLOCK_ENTRIES // 16
+
 
 def auc(member: npt.ArrayLike, nonmember: npt.ArrayLike) -> float:
     """P(member score > non-member score), ties counted ½; O(n log n).
@@ -421,7 +424,7 @@ def _resamples(
 ) -> Iterator[_Sides]:
     """How often each record is drawn, in blocks of replicates, whole groups at a time."""
     rng = np.random.default_rng(seed)
-    rows = max(1, BLOCK_ENTRIES // (member_codes.size + nonmember_codes.size))
+    rows = max(1, RESAMPLED_ENTRIES // (member_codes.size + nonmember_codes.size))
     for start in range(0, replicates, rows):
         block = min(rows, replicates - start)
         yield _Sides(
@@ -440,8 +443,11 @@ def _draw_counts(rng: np.random.Generator, codes: Integers, rows: int) -> Intege
 def _weighted_auc(drawn: _Sides, below: Integers, not_above: Integers) -> Floats:
     """One AUC a row; both sides ascending, `below`/`not_above` each member's place."""
     ahead = _counts_before(drawn.nonmember)
-    wins = np.einsum("ij,ij->i", drawn.member, ahead[:, below] + ahead[:, not_above])
-    return np.asarray(wins / (2.0 * drawn.member.sum(axis=1) * ahead[:, -1]), dtype=np.float64)
+    wins = np.einsum("ij,ij->i", drawn.member, ahead[:, below]).astype(np.float64)
+    if (tied := np.flatnonzero(not_above > below)).size:
+        ties = ahead[:, not_above[tied]] - ahead[:, below[tied]]
+        wins += np.einsum("ij,ij->i", drawn.member[:, tied], ties) / 2
+    return np.asarray(wins / drawn.member.sum(axis=1) / ahead[:, -1], dtype=np.float64)
 
 
 def _counts_before(counts: Integers) -> Integers:

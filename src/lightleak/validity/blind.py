@@ -179,9 +179,14 @@ def _draw(side: Booleans, groups: Sequence[str | None], folds: int, seed: int) -
         )
     kind = controls.astype(np.int64) - suspects
     fold = np.empty_like(kind)
-    order = np.lexsort((np.random.default_rng(seed).random(kind.size), kind))
+    order = np.lexsort((_random(seed, b"folds").random(kind.size), kind))
     fold[order] = np.arange(kind.size) % count
     return _Draw(side, group, fold[group], (kind == 0)[group])
+
+
+def _random(seed: int, purpose: bytes) -> np.random.Generator:
+    """A stream of its own, since the sides may have been drawn with the same seed."""
+    return np.random.default_rng([seed, *purpose])
 
 
 def _standardised(columns: Floats) -> Floats:
@@ -257,7 +262,7 @@ def _thinned(draw: _Draw, seed: int) -> Integers:
     """
     if draw.side.size <= LARGEST_NULL:
         return np.arange(draw.side.size)
-    rng = np.random.default_rng([seed, 1])
+    rng = _random(seed, b"thinning")
     rows = rng.permutation(draw.side.size)
     # The same number of each group and side; a group on both sides is two halves.
     _, half, sizes = np.unique(
@@ -292,7 +297,7 @@ def _labels(draw: _Draw, permutations: int, seed: int) -> Floats:
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
     stratum = np.where(draw.straddles, draw.group, -1 - draw.fold)[first]
     labels = np.repeat(draw.side[first, None].astype(np.float64), 1 + permutations, axis=1)
-    rng = np.random.default_rng([seed, 2])
+    rng = _random(seed, b"labels")
     for each in np.unique(stratum):
         rows = stratum == each
         labels[rows, 1:] = rng.permuted(labels[rows, 1:], axis=0)

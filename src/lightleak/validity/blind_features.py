@@ -208,7 +208,6 @@ def _tfidf(pattern: str | None, analyzer: str, lengths: tuple[int, int]) -> Tfid
         token_pattern=pattern,
         max_features=3000,
         sublinear_tf=True,
-        dtype=np.float64,
     )
 
 
