@@ -43,8 +43,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Audits in full: what each is called, the share that was used, and whether members are known.
 IN_FULL = (
     ("a quarter used", 0.25, True),
-    ("all used", 1.0, True),
-    ("all (none known)", 1.0, False),
+    ("half used", 0.5, True),
+    ("half (none known)", 0.5, False),
 )
 RESULTS = Path(__file__).parent / "results" / "prevalence.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "prevalence.png"

@@ -286,7 +286,7 @@ def _inference(
         return None
     rows = measured.audited
     suspect, groups = measured.side[rows] == "suspect", measured.groups[rows]
-    if min(len(set(groups[suspect])), len(set(groups[~suspect]))) < settings.cutoffs.fewest_records:
+    if min(len(set(groups[suspect])), len(set(groups[~suspect]))) < st.FEWEST_GROUPS:
         return None
     found = st.dataset_inference(
         np.column_stack([scores[name][rows] for name in names]),

@@ -7,7 +7,11 @@ from lightleak.statistics.conformal import (
     conformal_p_values_within_folds,
     smallest_resolvable,
 )
-from lightleak.statistics.dataset_inference import DatasetInference, dataset_inference
+from lightleak.statistics.dataset_inference import (
+    FEWEST_GROUPS,
+    DatasetInference,
+    dataset_inference,
+)
 from lightleak.statistics.dynamics import (
     BatchDynamics,
     Estimates,
@@ -45,6 +49,7 @@ from lightleak.statistics.roc import (
 from lightleak.statistics.set_size import SetSizeCurve, set_size_curve
 
 __all__ = [
+    "FEWEST_GROUPS",
     "BatchDynamics",
     "DatasetInference",
     "Discoveries",

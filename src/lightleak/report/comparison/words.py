@@ -117,7 +117,12 @@ _ASPECTS = (
         "Signals that are fitted were fitted on other records.",
         told=True,
     ),
-    _Aspect("records to calibrate with", _calibration, "caution", "What was measured by differs."),
+    _Aspect(
+        "records to calibrate with",
+        _calibration,
+        "caution",
+        "Estimates and fitted signals rest on them.",
+    ),
     _Aspect(
         "options of signals",
         _recorded("settings", "options"),
