@@ -402,6 +402,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--audits", type=int, default=500, help="for each situation")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rows", type=int, nargs="*", default=range(len(SITUATIONS)))
     parser.add_argument("--work", type=Path, default=Path("soundness-work"))
     given = parser.parse_args()
     started = time.monotonic()
@@ -411,7 +412,7 @@ def main() -> None:
     jobs = [
         Job(given.work, place, start, min(start + step, given.audits))
         for start in range(0, given.audits, step)
-        for place in range(len(SITUATIONS))
+        for place in given.rows
     ]
     done = 0
 
@@ -425,7 +426,7 @@ def main() -> None:
         place: [
             row for job in jobs if job.situation == place for row in read_json(job.file)["rows"]
         ]
-        for place in range(len(SITUATIONS))
+        for place in given.rows
     }
     table = [summary(SITUATIONS[place], found) for place, found in rows.items()]
     results = {

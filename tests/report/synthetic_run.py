@@ -91,7 +91,15 @@ def write_run(
         for name, values in zip(("id", "stage", "error"), failed, strict=True)
     }
     write_table(run.evidence / "unusable.parquet", pa.table(columns))
-    parts = {"text": blind, "image": BLIND, "joint": blind, "trees": BLIND, "p_value": 0.5, "differences": list(differences)}
+    parts = {
+        "text": blind,
+        "image": BLIND,
+        "joint": blind,
+        "trees": BLIND,
+        "stronger": blind,
+        "p_value": 0.5,
+        "differences": list(differences),
+    }
     write_json(run.evidence / "blind.json", parts)
     features = list(rng.normal(size=(len(ids), 2)))
     write_table(run.evidence / "blind.parquet", pa.table({"id": ids, "features": features}))

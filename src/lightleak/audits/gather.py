@@ -154,8 +154,10 @@ def store_blind(
         features = blind.features
         content = {
             part: {"auc": each.value, "auc_ci95": [each.low, each.high]}
-            for part in BLIND_PARTS
-            for each in (getattr(blind, part),)
+            for part, each in (
+                *((part, getattr(blind, part)) for part in BLIND_PARTS),
+                ("stronger", blind.auc),
+            )
         }
         content["p_value"] = blind.p_value
         content["differences"] = [

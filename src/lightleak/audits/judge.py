@@ -83,7 +83,7 @@ def _intact(run: Run) -> bool:
     """Whether every stored file can be read, so that an error while judging is our own."""
     needed = {run.manifest_file: "settings", run.evidence / "duplicates.json": "across"}
     try:
-        for file in run.evidence.glob("*.parquet"):
+        for file in run.evidence.rglob("*.parquet"):
             pq.read_table(file)
         read_json(run.evidence / "blind.json")
         return all(key in read_json(file) for file, key in needed.items())
@@ -119,7 +119,13 @@ def _finding(
             why = dict.fromkeys(FALSE_POSITIVE_RATES, no_threshold)
         for rate in () if no_threshold else FALSE_POSITIVE_RATES:
             point = st.tpr_at_fpr_across_folds(
-                s[y], s[~y], data.folds[y], data.folds[~y], float(rate)
+                s[y],
+                s[~y],
+                data.folds[y],
+                data.folds[~y],
+                float(rate),
+                member_groups=data.groups[y],
+                nonmember_groups=data.groups[~y],
             )
             if isinstance(point, st.Unresolvable):
                 why[rate] = point.reason
@@ -363,14 +369,11 @@ def _validity(
     blind = read_json(run.evidence / "blind.json")
     pairs = read_json(run.evidence / "duplicates.json")["across"]
     parts = {name: BlindFinding(**blind[name]) for name in BLIND_PARTS if name in blind}
-    stronger = max(
-        (parts[name] for name in ("joint", "trees") if name in parts),
-        key=lambda each: each.auc_ci95[0],
-        default=None,
-    )
+    # Runs of an earlier version had no trees.
+    stronger = blind.get("stronger", blind.get("joint", {"auc": None, "auc_ci95": None}))
     return ValidityFinding(
-        blind_auc=stronger and stronger.auc,
-        blind_auc_ci95=stronger and stronger.auc_ci95,
+        blind_auc=stronger["auc"],
+        blind_auc_ci95=stronger["auc_ci95"],
         blind_p_value=blind.get("p_value"),
         effective_share=residual and residual.effective_share,
         blind=parts,

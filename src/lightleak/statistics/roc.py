@@ -27,8 +27,9 @@ from lightleak.statistics.intervals import Estimate, clopper_pearson, korn_graub
 # 0.29 × 100 is 28.999… in floating point; counts are meant exactly.
 ROUNDING = 1e-9
 
-# Each block of resamples is read several times, so it should fit a core's cache (2 MB).
-RESAMPLED_ENTRIES = BLOCK_ENTRIES // 16
+# Each block of resamples is read several times: it should fit a core's cache, and be small enough
+# for the allocator to hand out the same memory again.
+RESAMPLED_ENTRIES = BLOCK_ENTRIES // 40
 
 
 def auc(member: npt.ArrayLike, nonmember: npt.ArrayLike) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg, sparse, stats
+from scipy import linalg, sparse, special, stats
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import Ridge
 
@@ -320,10 +320,8 @@ def _differences(features: BlindFeatures, draw: _Draw) -> tuple[Difference, ...]
             suspects, controls = known & draw.side, known & ~draw.side
             if not suspects.any() or not controls.any() or np.ptp(column[known]) == 0:
                 continue
-            means = (_group_means(column[rows], draw.group[rows]) for rows in (suspects, controls))
-            p_value = stats.mannwhitneyu(*means, method="asymptotic").pvalue
-            # Groups that are all alike have no p-value.
-            p_values.append(np.nan_to_num(p_value, nan=1.0))
+            means = [_group_means(column[rows], draw.group[rows]) for rows in (suspects, controls)]
+            p_values.append(_p_of_ranks(*means))
             compared.append((wording, column[suspects], column[controls]))
     if not compared:
         return ()
@@ -333,6 +331,18 @@ def _differences(features: BlindFeatures, draw: _Draw) -> tuple[Difference, ...]
         if p_value <= SIGNIFICANT
     ]
     return tuple(sorted(found, key=lambda each: -abs(each.auc - 0.5)))
+
+
+def _p_of_ranks(suspect: Floats, control: Floats) -> float:
+    """Two-sided Mann–Whitney in its normal form, with ties; SciPy's takes 2 ms for each column."""
+    values = np.concatenate([suspect, control])
+    n, m = suspect.size, control.size
+    _, tied = np.unique(values, return_counts=True)
+    spread = n * m / 12 * (n + m + 1 - (tied**3 - tied).sum() / ((n + m) * (n + m - 1)))
+    if spread <= 0:  # Groups that are all alike.
+        return 1.0
+    excess = stats.rankdata(values)[:n].sum() - n * (n + m + 1) / 2
+    return min(1.0, 2 * float(special.ndtr(-max(abs(excess) - 0.5, 0) / np.sqrt(spread))))
 
 
 def _group_means(values: Floats, groups: Integers) -> Floats:

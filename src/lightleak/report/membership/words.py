@@ -368,7 +368,7 @@ _OTHER_TESTS = {
 def robust(value: float) -> str:
     """How much hidden difference the adjusted test would withstand."""
     if value == 0:
-        return "The residual test's estimate is not above nought, so nothing has to explain it away."
+        return "The residual test's estimate is not above nought: nothing has to explain it away."
     return (
         "A difference between the sets that the blind features miss would have to explain "
         f"{percent(value)} of what is left of both, the side and the score, to bring the residual "
