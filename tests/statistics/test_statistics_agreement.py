@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 from sklearn.metrics import roc_auc_score
@@ -43,6 +43,7 @@ def logit_error(estimate):
     return (special.logit(estimate.high) - special.logit(estimate.low)) / 2 / 1.959963985
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES)
 def test_auc_is_sklearns_with_ties(member, nonmember):
     labels = [1] * len(member) + [0] * len(nonmember)
@@ -96,6 +97,7 @@ def test_mann_whitney_is_scipys(sizes):
     assert mann_whitney(member, nonmember) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(COUNTS)
 def test_clopper_pearson_is_statsmodels(counts):
     estimate = clopper_pearson(*counts)

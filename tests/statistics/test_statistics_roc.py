@@ -29,6 +29,7 @@ def normal_scores(seed: int, members: int, nonmembers: int, shift: float = 0.0):
     return rng.normal(shift, 1, members), rng.normal(0, 1, nonmembers)
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES)
 def test_auc_ignores_monotone_transformations_and_flips_with_the_labels(member, nonmember):
     value = auc(member, nonmember)
@@ -36,6 +37,7 @@ def test_auc_ignores_monotone_transformations_and_flips_with_the_labels(member, 
     assert auc(nonmember, member) == pytest.approx(1 - value)
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES)
 def test_delong_interval_holds_its_value_and_flips_with_the_labels(member, nonmember):
     estimate, flipped = auc_delong(member, nonmember), auc_delong(nonmember, member)
@@ -124,6 +126,7 @@ def test_a_fold_without_nonmembers_is_refused():
         auc_across_folds([1, 2], [3, 4], [0, 1], [0, 0])
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, st.lists(st.integers(-5, 5), min_size=9, max_size=60), st.floats(0.1, 0.6))
 def test_realised_fpr_never_exceeds_the_target(member, nonmember, fpr):
     point = tpr_at_fpr(member, nonmember, fpr)
@@ -201,6 +204,7 @@ def test_rates_across_folds_are_over_groups_too():
     assert grouped.fpr.high - grouped.fpr.low > 1.5 * (plain.fpr.high - plain.fpr.low)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=1, max_size=40))
 def test_groups_never_tell_more_than_as_many_records_and_single_ones_as_much(records):
     passed, groups = zip(*records, strict=True)

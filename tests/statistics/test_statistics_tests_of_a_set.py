@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightleak.statistics import (
@@ -104,6 +104,7 @@ def test_splits_combine_to_twice_the_median():
     assert combine_splits([0.7, 0.8]) == 1.0
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=20),
     st.lists(st.integers(0, 9), min_size=1, max_size=20),
