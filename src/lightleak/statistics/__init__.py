@@ -18,7 +18,12 @@ from lightleak.statistics.dynamics import (
     batch_dynamics,
     mean_over_batches,
 )
-from lightleak.statistics.intervals import Estimate, clopper_pearson
+from lightleak.statistics.epsilon import (
+    epsilon_lower_bound,
+    epsilon_of_gaussian,
+    gaussian_mu_lower_bound,
+)
+from lightleak.statistics.intervals import Estimate, clopper_pearson, korn_graubard
 from lightleak.statistics.multiplicity import holm
 from lightleak.statistics.permutation import combine_splits, mann_whitney, permutation_test, welch
 from lightleak.statistics.power import minimum_detectable_auc, minimum_set_size
@@ -75,8 +80,12 @@ __all__ = [
     "conformal_p_values_within_folds",
     "dataset_inference",
     "draw_flips",
+    "epsilon_lower_bound",
+    "epsilon_of_gaussian",
     "fpr_upper_bound",
+    "gaussian_mu_lower_bound",
     "holm",
+    "korn_graubard",
     "mann_whitney",
     "mean_over_batches",
     "minimum_detectable_auc",

@@ -30,6 +30,7 @@ class PrimaryScores:
         auc: the verdict's.
         suspect, control: (n₁,) and (n₀,), higher = more member-like.
         suspect_folds, control_folds: the fold of each.
+        suspect_groups, control_groups: what each was sampled with.
         comparable: whether all scores share one scale; where they were fitted on other folds,
             only those of one fold do.
     """
@@ -39,15 +40,23 @@ class PrimaryScores:
     control: Floats
     suspect_folds: Integers
     control_folds: Integers
+    suspect_groups: npt.NDArray[np.str_]
+    control_groups: npt.NDArray[np.str_]
     comparable: bool
 
-    def folds(self) -> Iterator[tuple[Floats, Floats]]:
-        """Suspects' and controls' scores that may be compared with each other."""
+    def folds(self) -> Iterator[PrimaryScores]:
+        """The scores in parts that may be compared with each other: all, or those of a fold."""
         if self.comparable:
-            yield self.suspect, self.control
+            yield self
             return
         for fold in np.unique(self.control_folds):
-            yield self.suspect[self.suspect_folds == fold], self.control[self.control_folds == fold]
+            sides = {"suspect": self.suspect_folds == fold, "control": self.control_folds == fold}
+            kept = {
+                f"{side}{what}": getattr(self, f"{side}{what}")[here]
+                for side, here in sides.items()
+                for what in ("", "_folds", "_groups")
+            }
+            yield PrimaryScores(auc=self.auc, comparable=True, **kept)
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,18 @@ def _primary_scores(run: Run, verdict: Verdict) -> PrimaryScores | None:
     sides = {side: table.filter(pc.equal(table["set"], side)) for side in ("suspect", "control")}
     suspect, control = (each["score"].to_numpy() for each in sides.values())
     suspect_folds, control_folds = (each["fold"].to_numpy() for each in sides.values())
+    records = read_table(run.evidence / "records.parquet").select(["id", "group"]).to_pydict()
+    group = {key: own or key for key, own in zip(records["id"], records["group"], strict=True)}
+    groups = [
+        np.array([group[f"{side}/{key}"] for key in each["id"].to_pylist()])
+        for side, each in sides.items()
+    ]
     # Scores fitted on other folds are compared within folds, and give the verdict's AUC only so.
     comparable = bool(np.isclose(st.auc(suspect, control), auc, rtol=0, atol=1e-9))
     estimate = st.Estimate(auc, *interval)
-    return PrimaryScores(estimate, suspect, control, suspect_folds, control_folds, comparable)
+    return PrimaryScores(
+        estimate, suspect, control, suspect_folds, control_folds, *groups, comparable
+    )
 
 
 def _claims(run: Run, scores: PrimaryScores, show_images: bool) -> Claims:
@@ -139,7 +156,7 @@ def _claims(run: Run, scores: PrimaryScores, show_images: bool) -> Claims:
         shown.append(
             Claim(**row, text=record["text"], thumbnail=None if image is None else thumbnail(image))
         )
-    controls = min(control.size for _, control in scores.folds())
+    controls = min(part.control.size for part in scores.folds())
     return Claims(
         shown=tuple(shown),
         tested=table.num_rows,

@@ -33,8 +33,14 @@ def curve(scores: PrimaryScores, seed: int) -> st.RocCurve:
     as in `statistics.auc_across_folds`.
     """
     curves = [
-        st.roc_curve(suspect, control, seed=seed + fold)
-        for fold, (suspect, control) in enumerate(scores.folds())
+        st.roc_curve(
+            part.suspect,
+            part.control,
+            seed=seed + fold,
+            member_groups=part.suspect_groups,
+            nonmember_groups=part.control_groups,
+        )
+        for fold, part in enumerate(scores.folds())
     ]
     tpr, low, high = (
         np.mean([getattr(each, part) for each in curves], axis=0) for part in ("tpr", "low", "high")
@@ -45,7 +51,7 @@ def curve(scores: PrimaryScores, seed: int) -> st.RocCurve:
 def roc(scores: PrimaryScores, seed: int) -> list[Markup]:
     """The ROC curve with its pointwise 95 % band, on a linear and on a logarithmic axis."""
     found = curve(scores, seed)
-    least = 1 / min(control.size for _, control in scores.folds())
+    least = 1 / min(part.control.size for part in scores.folds())
     auc = scores.auc
     words = f"ROC curve: AUC {auc.value:.3f}, 95 % interval {auc.low:.3f} to {auc.high:.3f}"
     at_five = int(np.flatnonzero(np.isclose(found.fpr, 0.05))[0])
@@ -138,9 +144,9 @@ def _on_one_scale(scores: PrimaryScores) -> tuple[Floats, Floats]:
     if scores.comparable:
         return scores.suspect, scores.control
     moved: list[list[Floats]] = [[], []]
-    for sides in scores.folds():
-        low, median, high = np.quantile(sides[1], [0.25, 0.5, 0.75])
-        for kept, values in zip(moved, sides, strict=True):
+    for part in scores.folds():
+        low, median, high = np.quantile(part.control, [0.25, 0.5, 0.75])
+        for kept, values in zip(moved, (part.suspect, part.control), strict=True):
             kept.append((values - median) / ((high - low) or 1.0))
     return np.concatenate(moved[0]), np.concatenate(moved[1])
 
