@@ -4,7 +4,9 @@
 
 Processor seconds of one thread, medians of the repeats. The obvious way is the loop around a
 library call that one writes first; where it would take minutes it is timed on a part of its
-replicates and scaled, and the results say on how many. Writes benchmarks/results/statistics_speed.json.
+replicates and scaled, and the results say on how many.
+
+Writes benchmarks/results/statistics_speed.json.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from threadpoolctl import threadpool_limits
 
 import lightleak.statistics as st
 from lightleak.runs import write_json
-from lightleak.statistics.epsilon import epsilon_lower_bound, gaussian_mu_lower_bound
 
 RESULTS = Path(__file__).parent / "results" / "statistics_speed.json"
 RECORDS, REPLICATES, CURVES = 10_000, 10_000, 2_000
@@ -42,6 +43,8 @@ SCORES = np.concatenate([MEMBER, NONMEMBER])
 IS_MEMBER = np.arange(2 * RECORDS) < RECORDS
 GROUPS = np.arange(2 * RECORDS) // 4
 P_VALUES = RNG.random(RECORDS)
+SIGNALS = SCORES[:, None] + RNG.normal(0, 1, (2 * RECORDS, 6))
+FEATURES = SCORES[:, None] + RNG.normal(0, 5, (2 * RECORDS, 40))
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,28 @@ CASES = (
         lambda: st.mann_whitney(MEMBER, NONMEMBER),
         lambda: stats.mannwhitneyu(MEMBER, NONMEMBER, alternative="greater"),
     ),
+    Case(
+        "welch",
+        lambda: st.welch(MEMBER, NONMEMBER),
+        lambda: stats.ttest_ind(MEMBER, NONMEMBER, equal_var=False, alternative="greater"),
+    ),
+    Case("prevalence", lambda: st.prevalence(MEMBER[:5000], MEMBER[5000:], NONMEMBER)),
+    Case("prevalence_lower_bound", lambda: st.prevalence_lower_bound(MEMBER, NONMEMBER)),
+    Case("set_size_curve", lambda: st.set_size_curve(SCORES, IS_MEMBER, seed=0)),
+    Case(
+        "dataset_inference, 6 signals",
+        lambda: st.dataset_inference(SIGNALS, IS_MEMBER, seed=0),
+    ),
+    Case(
+        "residual_test, 40 features",
+        lambda: st.residual_test(SCORES, IS_MEMBER, FEATURES, seed=0),
+    ),
     Case("conformal_p_values, benjamini_hochberg", _conformal_claims, _naive_claims),
     Case("holm", lambda: st.holm(P_VALUES), lambda: multipletests(P_VALUES, method="holm")),
     Case("minimum_detectable_auc", lambda: st.minimum_detectable_auc(RECORDS, RECORDS)),
     Case("minimum_set_size", lambda: st.minimum_set_size(0.52)),
-    Case("epsilon_lower_bound", lambda: epsilon_lower_bound(RECORDS, RECORDS, 5400, 1e-5)),
-    Case("gaussian_mu_lower_bound", lambda: gaussian_mu_lower_bound(RECORDS, RECORDS, 5400)),
+    Case("epsilon_lower_bound", lambda: st.epsilon_lower_bound(RECORDS, RECORDS, 5400, 1e-5)),
+    Case("gaussian_mu_lower_bound", lambda: st.gaussian_mu_lower_bound(RECORDS, RECORDS, 5400)),
 )
 
 

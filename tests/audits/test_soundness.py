@@ -1,7 +1,7 @@
 """The soundness table in small: `benchmarks/soundness.py` on simulated evidence, without a model.
 
-Texts and images are the lab's, so the blind baseline, the tests and the rule are the real ones; only
-the log-probabilities are drawn, with what the style and the membership of a record do to them.
+Texts and images are the lab's, so blind baseline, tests and rule are the real ones; only the
+log-probabilities are drawn, with what the style and the membership of a record do to them.
 """
 
 import numpy as np

@@ -160,12 +160,12 @@ def test_a_control_model_that_is_not_there_is_missed_at_once(audited):
         audited("missing", base="/nowhere/base")
 
 
-def test_gates_and_what_other_programs_read(audited, ignorant, sets, lab_tiny, tmp_path, capfd):
+def test_gates_and_what_other_programs_read(audited, ignorant, tmp_path, capfd, monkeypatch):
     _, out = audited("ignorant", base=ignorant)
     command = ["lightleak", "report", out, "--fail-if", "exposed"]
     command += ["--junit", tmp_path / "audit.xml", "--sarif", tmp_path / "audit.sarif"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", list(map(str, command)))
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as ended:
         main.run()
     assert ended.value.code == 3
     assert "--fail-if exposed: tripped" in capfd.readouterr().err

@@ -250,6 +250,8 @@ def test_scores_of_different_fits_are_compared_within_their_folds_only():
     # The second fit scores everything lower by far, as another reference gradient may.
     suspect, control = rng.normal(1, 1, 800) - 50 * folds, rng.normal(0, 1, 800) - 50 * folds
     truth = st.auc_across_folds(suspect, control, folds, folds)
-    crossed = curve(PrimaryScores(truth, suspect, control, folds, folds, comparable=False), seed=0)
+    alone = np.arange(800).astype(str)
+    scores = PrimaryScores(truth, suspect, control, folds, folds, alone, alone, comparable=False)
+    crossed = curve(scores, seed=0)
     assert np.trapezoid(crossed.tpr, crossed.fpr) == pytest.approx(truth.value, abs=0.01)
     assert st.auc(suspect, control) < truth.low

@@ -130,15 +130,22 @@ def _primary_scores(run: Run, verdict: Verdict) -> PrimaryScores | None:
     suspect_folds, control_folds = (each["fold"].to_numpy() for each in sides.values())
     records = read_table(run.evidence / "records.parquet").select(["id", "group"]).to_pydict()
     group = {key: own or key for key, own in zip(records["id"], records["group"], strict=True)}
-    groups = [
+    suspect_groups, control_groups = (
         np.array([group[f"{side}/{key}"] for key in each["id"].to_pylist()])
         for side, each in sides.items()
-    ]
+    )
     # Scores fitted on other folds are compared within folds, and give the verdict's AUC only so.
     comparable = bool(np.isclose(st.auc(suspect, control), auc, rtol=0, atol=1e-9))
     estimate = st.Estimate(auc, *interval)
     return PrimaryScores(
-        estimate, suspect, control, suspect_folds, control_folds, *groups, comparable
+        estimate,
+        suspect,
+        control,
+        suspect_folds,
+        control_folds,
+        suspect_groups,
+        control_groups,
+        comparable,
     )
 
 
