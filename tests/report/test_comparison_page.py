@@ -63,6 +63,7 @@ def write_run(folder, *, aucs=(0.71, 0.66), prevalence=KNOWN, blind=0.5, finishe
             p_value_adjusted=0.0073,
             test="permutation",
             tests={},
+            robustness=0.12,
             n_suspect=400,
             n_control=399,
         ),

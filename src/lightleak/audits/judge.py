@@ -228,7 +228,7 @@ def _verdict(
             p_value=primary.p_value,
             p_value_adjusted=None if residual is None else residual.p_value,
             test=decision.test,
-            tests=_every_test(tests, data, residual),
+            tests={"permutation": primary.p_value, **_other_tests(tests, data, residual)},
             robustness=None if residual is None else residual.robustness,
             n_suspect=int(data.suspect.sum()),
             n_control=int((~data.suspect).sum()),
@@ -242,14 +242,11 @@ def _verdict(
     )
 
 
-def _every_test(
-    tests: SetTests, data: Compared, residual: Residual | None
-) -> dict[str, float | None]:
-    """p-values of every test of the primary signal's scores, by name."""
+def _other_tests(tests: SetTests, data: Compared, residual: Residual | None) -> dict[str, float]:
+    """p-values of further tests of the primary signal's scores, by name."""
     if not data.enough():
         return {}
     return {
-        "permutation": tests.permutation(data),
         "Mann–Whitney": tests.by_fold(data, lambda part: st.mann_whitney(*_by_group(part))),
         "Welch": tests.by_fold(data, lambda part: st.welch(*_by_group(part))),
         **({} if residual is None else residual.by_family),
