@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import jinja2
 
 from lightleak.errors import UserError
-from lightleak.report import contents, identity, membership, probing, words
-from lightleak.runs import Run, replacing
+from lightleak.report import contents, identity, membership, probing
+from lightleak.report.pages import write_page
+from lightleak.runs import Run
 
 _KINDS = {"membership": membership.fill, "identity": identity.fill, "probing": probing.fill}
 
@@ -44,38 +42,18 @@ def report(run: str | Path | Run, *, show_images: bool = False) -> Path:
             "Run the same audit again to its end.",
         )
     filled = _KINDS[opened.kind](opened, show_images=show_images)
-    page = _render(opened, show_images=show_images, **filled)
-    with replacing(opened.report_file) as stream:
-        stream.write(page.encode())
-    return opened.report_file
-
-
-def _render(run: Run, **filled: Any) -> str:
-    """The page as HTML. Every text of the run is escaped: records and file names are hostile."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lightleak.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": words.percent,
-        "p": words.p_value,
-        "score": words.score,
-        "thousands": words.thousands,
-        "cut": words.cut,
-    }
-    environment.globals["VERDICTS"] = words.VERDICTS
-    manifest, cutoffs = run.manifest(), filled["verdict"].cutoffs
-    return environment.get_template(f"{run.kind}.html.j2").render(
+    manifest, cutoffs = opened.manifest(), filled["verdict"].cutoffs
+    return write_page(
+        opened.report_file,
+        f"{opened.kind}.html.j2",
         manifest=manifest,
         manifest_rows=list(contents.flatten(manifest)),
-        failures=contents.failures(run),
-        hashes=contents.hashes(run),
+        failures=contents.failures(opened),
+        hashes=contents.hashes(opened),
         cutoffs=[
             (field.description, getattr(cutoffs, name))
             for name, field in type(cutoffs).model_fields.items()
         ],
+        show_images=show_images,
         **filled,
     )

@@ -267,6 +267,14 @@ class Verdict(BaseVerdict):
     cutoffs: Cutoffs
 
     @property
+    def p_that_counts(self) -> float | None:
+        """The p-value that decided; None where none may."""
+        if self.tier == "none":
+            return None
+        primary = self.primary
+        return _counting(self.tier, primary.test, primary.p_value, primary.p_value_adjusted)
+
+    @property
     def sentence(self) -> str:
         """The finding in one sentence that needs no statistics."""
         n = f"{self.primary.n_suspect:,} suspect records"
@@ -328,10 +336,7 @@ def decide(
     tier, test, reasons = counting_test(design, validity, cutoffs)
     if forbidding:
         return Decision("inconclusive", "none", tuple(forbidding), test)
-    p_value = primary.p_value if test == "permutation" else primary_p_adjusted
-    if tier == "held_out" and p_value is not None and primary_p_adjusted is not None:
-        # A small shift may hide below the blind interval's end: both tests must reject.
-        p_value = max(p_value, primary_p_adjusted)
+    p_value = _counting(tier, test, primary.p_value, primary_p_adjusted)
     if p_value is None:
         reasons.append("The test that counts could not be computed on these data.")
         return Decision("inconclusive", "none", tuple(reasons), test)
@@ -368,6 +373,17 @@ def decide(
         else "There are too few records to read anything into that."
     )
     return Decision("inconclusive", tier, tuple(reasons), test)
+
+
+def _counting(
+    tier: Tier, test: CountingTest, permutation: float | None, residual: float | None
+) -> float | None:
+    """The p-value that decides. A small shift may hide below the blind interval's end: in a
+    hold-out both tests must reject."""
+    p_value = permutation if test == "permutation" else residual
+    if tier == "held_out" and p_value is not None and residual is not None:
+        return max(p_value, residual)
+    return p_value
 
 
 def _forbidding(

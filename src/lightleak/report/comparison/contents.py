@@ -36,20 +36,6 @@ class Audit:
         """The signal that carries the verdict."""
         return self.verdict.signals[self.verdict.primary.signal]
 
-    @property
-    def counting_p(self) -> float | None:
-        """The p-value that the verdict rests on; None where a check forbids an answer.
-
-        A hold-out asks both tests to reject, so there the larger counts.
-        """
-        verdict, primary = self.verdict, self.verdict.primary
-        both = (primary.p_value, primary.p_value_adjusted)
-        if verdict.tier == "none":
-            return None
-        if verdict.tier == "held_out":
-            return max((p for p in both if p is not None), default=None)
-        return both[primary.test == "residual"]
-
 
 def read(runs: Sequence[str | Path], labels: Sequence[str]) -> tuple[Audit, ...]:
     """Read finished membership runs.
@@ -148,7 +134,7 @@ def _row(audit: Audit, name: str) -> dict[str, Any]:
         "auc_low": auc_low,
         "auc_high": auc_high,
         "p_value": finding.p_value,
-        "counting_p_value": audit.counting_p if is_primary else None,
+        "counting_p_value": audit.verdict.p_that_counts if is_primary else None,
         "prevalence": share.estimate if share else None,
         "prevalence_low": share_low,
         "prevalence_high": share_high,

@@ -19,13 +19,11 @@ def fill(run: Run, *, show_images: bool) -> dict[str, Any]:
     contents = read(run, show_images=show_images)
     verdict, scores = contents.verdict, contents.scores
     settings = run.manifest()["settings"]
-    tests = words.tests(verdict)
     return {
         "verdict": verdict,
         "contents": contents,
         "words": words,
-        "tests": tests,
-        "counted": next((test for test in tests if test.counts), None),
+        "tests": words.tests(verdict),
         "declared": words.declared(settings["design"]),
         "roc": [] if scores is None else figures.roc(scores, settings["seed"]),
         "distributions": (

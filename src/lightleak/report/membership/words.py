@@ -347,7 +347,7 @@ def tests(verdict: Verdict) -> list[Test]:
             "Do they still, once what the records show without the model is accounted for?",
             "generalised covariance measure, Shah and Peters 2020",
             verdict.primary.p_value_adjusted,
-            counting == "residual",
+            counting == "residual" or verdict.tier == "held_out",
         ),
         *(
             Test(name, _OTHER_TESTS[name][0], _OTHER_TESTS[name][1], value, False)
