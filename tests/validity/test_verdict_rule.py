@@ -227,3 +227,8 @@ def test_a_notebook_shows_the_verdict_and_runs_nothing(verdict):
     shown = verdict._repr_html_()
     assert "exposed" in shown
     assert "<script>" not in shown
+
+
+def test_a_level_that_no_permutation_could_reach_is_refused():
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.001"):
+        Cutoffs(alpha=1e-5)

@@ -123,6 +123,8 @@ class SetTests:
         parts = [self.features]
         for column in columns:
             known = np.isfinite(column)
+            if not known.any():
+                continue
             parts.append(np.where(known, column, np.median(column[known]))[:, None])
             if not known.all():
                 parts.append(known[:, None].astype(np.float64))

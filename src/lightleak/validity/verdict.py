@@ -36,7 +36,13 @@ class Part(BaseModel):
 class Cutoffs(Part):
     """The numbers that the rule turns on; recorded in the manifest and printed with the verdict."""
 
-    alpha: float = Field(0.01, gt=0, lt=0.5, description="level of the test that counts")
+    alpha: float = Field(
+        # Of 10,000 permutations none is rarer than 1 in 10,001.
+        0.01,
+        ge=0.001,
+        lt=0.5,
+        description="level of the test that counts",
+    )
     blind_refuse: float = Field(
         0.90, gt=0.5, le=1, description="blind AUC from which nothing can be said"
     )
@@ -56,7 +62,7 @@ class Cutoffs(Part):
         0.20, ge=0, lt=1, description="least share of the controls that resembles the suspects"
     )
     control_alarm: float = Field(
-        0.01, gt=0, lt=0.5, description="level at which a negative control alarms"
+        0.01, ge=0.001, lt=0.5, description="level at which a negative control alarms"
     )
 
 
