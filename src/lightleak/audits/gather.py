@@ -70,6 +70,9 @@ def examine(
         folds[audited] = records.assign_folds(suspect, groups, settings.folds, settings.seed)
         read = blind_features(chosen, fields=settings.blind_fields, seed=settings.seed)
         store_blind(run, settings.seed, chosen, suspect, read)
+        carried = {field for record in chosen for field in record.meta}
+        unread = sorted(carried - set(settings.blind_fields))
+        write_json(run.evidence / "unread.json", {"fields": unread})
         advance(1)
     return replace(sides, folds=folds)
 

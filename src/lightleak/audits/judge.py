@@ -365,6 +365,7 @@ def _validity(
 ) -> ValidityFinding:
     blind = read_json(run.evidence / "blind.json")
     pairs = read_json(run.evidence / "duplicates.json")["across"]
+    unread = run.evidence / "unread.json"
     parts = {name: BlindFinding(**blind[name]) for name in BLIND_PARTS if name in blind}
     # Runs of an earlier version had no trees.
     stronger = blind.get("stronger", blind.get("joint", {"auc": None, "auc_ci95": None}))
@@ -374,6 +375,7 @@ def _validity(
         blind_p_value=blind.get("p_value"),
         effective_share=residual and residual.effective_share,
         blind=parts,
+        unread_fields=read_json(unread)["fields"] if unread.is_file() else [],
         differences=[DifferenceFinding(**each) for each in blind.get("differences", [])],
         duplicates=len(pairs),
         duplicate_pairs=[DuplicateFinding(**pair) for pair in pairs],

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from lightleak import signals
 from lightleak.audits.gather_controls import shuffled_folder
 from lightleak.audits.set_tests import SetTests, blind_features
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.stored import Compared, Measured, compared, load, score
 from lightleak.evidence.readings import Floats
 from lightleak.runs import Run
-from lightleak.validity.verdict import ControlFinding, CountingTest, p_words
+from lightleak.validity.verdict import SHUFFLED, ControlFinding, CountingTest, p_words
 
 # Random halves of the controls that are compared with each other; the residual test is slow.
 HALVES = {"permutation": 20, "residual": 3}
@@ -74,6 +75,9 @@ def find(
     found.append(_halves(tests, compared(measured, scores), test))
     if "" in controls.shuffled:
         found.append(_pairs(tests, measured, scores, controls))
+    elif settings.negative_controls and signals.get(settings.primary).fitted:
+        why = "Not run: the primary signal is fitted, and a fit on wrong pairs is another signal."
+        found.append(ControlFinding(name=SHUFFLED, sentence=why))
     return found
 
 
@@ -99,12 +103,13 @@ def _control_model(
         )
     p_value = min(1.0, 2 * min(tails))
     fired = p_value <= tests.settings.cutoffs.control_alarm
-    measured = f"(AUC {area.value:.3f}, {p_words(p_value)}, two-sided)"
+    measured = f"(AUC {area.value:.3f}; by the test that counts {p_words(p_value)}, two-sided)"
     sentence = (
         f"The {name}, which is said not to have seen the suspects, sets them apart from the "
         f"controls as well {measured}: what the target shows need not come from training."
         if fired
-        else f"The {name}, which cannot have seen the suspects, does not set them apart {measured}."
+        else f"The {name}, which is said not to have seen the suspects, does not set them apart "
+        f"{measured}."
     )
     return ControlFinding(
         name=name,
@@ -157,7 +162,7 @@ def _pairs(
     if {"base"} <= controls.models.keys() & controls.shuffled.keys():
         fall = fall - (controls.models["base"] - controls.shuffled["base"])
         by += ", and more than at the base"
-    name = "texts shuffled among the images"
+    name = SHUFFLED
     pairs, halves = compared(measured, fall), compared(measured, controls.shuffled[""])
     area, apart = tests.auc(pairs), tests.auc(halves)
     if area is None or apart is None:

@@ -81,6 +81,8 @@ def registered(run: Run, kind: str, settings: TargetSettings, fixed: Collection[
             f"it holds a run of another kind ({run.kind})", str(run.folder), "Give another --out."
         )
     manifest = run.manifest()
+    if not run.verdict_file.is_file():
+        return str(manifest["started"])  # Nobody has looked yet: a slip may be mended.
     before, now = manifest.get("settings", {}), settings.model_dump(mode="json")
     changed = sorted(key for key in fixed if before.get(key) != now[key])
     if changed:

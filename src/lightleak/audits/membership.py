@@ -66,6 +66,7 @@ def audit(
         target=target, suspect=suspect, control=control, options=options, **settings
     )
     progress = progress or Silent()
+    chosen.control_models()  # What is not there is better missed now than after hours.
     run = Run.create(out)
     sides = read_sides(chosen, progress)
     with progress.stage("Loading the model", 1) as advance:
@@ -75,7 +76,6 @@ def audit(
     if sides.bank and not isinstance(model, DualEncoderTarget):
         raise UserError("only a dual encoder takes a bank of negatives", "--bank")
     claim(run.evidence, chosen, model, sides)
-    chosen.control_models()  # A base that is not there is better missed now than after hours.
     with recorded(
         run,
         kind="membership",

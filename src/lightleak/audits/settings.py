@@ -175,7 +175,21 @@ class AuditSettings(TargetSettings):
             return {}
         base = targets.base_of(self.target, self.adapter, self.base)
         named = {"base": base, "control target": self.control_target}
-        return {name: model for name, model in named.items() if model is not None}
+        models: dict[str, str] = {}
+        for name, model in named.items():
+            if model is None:
+                continue
+            folder = targets.find(model)
+            if self.adapter is None and folder == targets.find(self.target):
+                raise UserError(
+                    f"the {name} is the target itself, so it shows nothing about what it was not "
+                    "trained on",
+                    model,
+                    "Give another model, or --no-negative-controls.",
+                )
+            if folder not in map(targets.find, models.values()):
+                models[name] = model
+        return models
 
     def for_controls(self) -> AuditSettings:
         """The same for a negative control: the primary signal alone."""

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from lightleak.cli.console import errors
 from lightleak.errors import UserError
-from lightleak.runs import Run, replacing, write_json
+from lightleak.runs import Run, make_folder, replacing, write_json
 from lightleak.validity.verdict import BaseVerdict
 
 TRIPPED = 3
@@ -146,6 +146,9 @@ def finish(
 
     opened = Run.open(run)
     gates = {gate.text: gate.trips(verdict) for gate in fail_if}
+    for file in (junit, sarif):
+        if file is not None:
+            make_folder(file.parent)
     if junit is not None:
         with replacing(junit) as stream:
             stream.write(formats.junit(verdict, opened, gates).encode())

@@ -2,7 +2,7 @@
 
 from lightleak.targets.dual_encoder import Bank, DualEncoderTarget, Pairs
 from lightleak.targets.generative import Answers, GenerativeTarget
-from lightleak.targets.loading import base_of, load, quiet, untrained
+from lightleak.targets.loading import base_of, find, load, quiet, untrained
 from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Pairs",
     "Target",
     "base_of",
+    "find",
     "load",
     "quiet",
     "untrained",

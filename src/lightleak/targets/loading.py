@@ -112,6 +112,15 @@ def load(
     )
 
 
+def find(name: str | Path) -> Path:
+    """The local folder of a model, resolved; a hub id is brought here first.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _resolve(name).resolve()
+
+
 def base_of(
     target: str | Path, adapter: str | Path | None = None, base: str | Path | None = None
 ) -> str | None:

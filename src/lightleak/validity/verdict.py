@@ -23,6 +23,8 @@ Design = Literal["randomised", "held-out", "observational"]
 SCHEMA_VERSION = "2.0"
 # Classifiers that see the records and no model, by what they look at.
 BLIND_PARTS = ("text", "image", "joint", "trees")
+# The negative control that explains and never alarms.
+SHUFFLED = "texts shuffled among the images"
 CountingTest = Literal["permutation", "residual"]
 Range = tuple[float, float]
 
@@ -195,6 +197,10 @@ class ValidityFinding(Part):
         description="of the controls, once weighted to resemble the suspects"
     )
     blind: dict[str, BlindFinding]
+    unread_fields: list[str] = Field(
+        default_factory=list,
+        description="entries of the records' meta that the blind baseline was not shown",
+    )
     differences: list[DifferenceFinding]
     duplicates: int = Field(description="pairs of records that stand on both sides")
     duplicate_pairs: list[DuplicateFinding]
@@ -437,7 +443,9 @@ def _forbidding(
             + " ".join(_as_sentence(each.sentence) for each in validity.differences[:3])
         )
     share = validity.effective_share
-    if share is not None and share < cutoffs.effective_share:
+    apart = validity.blind_auc is None or validity.blind_auc >= cutoffs.blind_refuse
+    # Where nothing overlaps there is nothing to weight either.
+    if share is not None and share < cutoffs.effective_share and not apart:
         found.append(
             "Too few controls resemble the suspects: weighted to do so, they are worth "
             f"{share:.0%} of their number, and {cutoffs.effective_share:.0%} is asked for."
@@ -485,7 +493,7 @@ def counting_test(
 
 def p_words(value: float) -> str:
     """A p-value in a sentence."""
-    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+    return "p < 0.0001" if value < 0.95e-4 else f"p = {value:.2g}"
 
 
 def _as_sentence(text: str) -> str:

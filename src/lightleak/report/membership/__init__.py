@@ -30,5 +30,5 @@ def fill(run: Run, *, show_images: bool) -> dict[str, Any]:
             [] if scores is None else figures.distributions(scores, verdict.primary.signal)
         ),
         "set_size": figures.set_size(read_table(run.curve_file), verdict.cutoffs.alpha),
-        "blind_comparison": figures.blind_comparison(verdict),
+        "blind_comparison": figures.blind_comparison(verdict, settings.get("blind_fields", ())),
     }

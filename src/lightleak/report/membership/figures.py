@@ -151,10 +151,14 @@ def _on_one_scale(scores: PrimaryScores) -> tuple[Floats, Floats]:
     return np.concatenate(moved[0]), np.concatenate(moved[1])
 
 
-def blind_comparison(verdict: Verdict) -> Markup | None:
+def _label(part: str, fields: Sequence[str]) -> str:
+    return f"Texts, images, {', '.join(fields)}" if part == "joint" and fields else LABELS[part]
+
+
+def blind_comparison(verdict: Verdict, fields: Sequence[str] = ()) -> Markup | None:
     """What is told apart without the model beside what the primary signal tells apart."""
     rows: list[tuple[str, float, Sequence[float], bool]] = [
-        (LABELS[part], each.auc, each.auc_ci95, False)
+        (_label(part, fields), each.auc, each.auc_ci95, False)
         for part, each in verdict.validity.blind.items()
     ]
     primary = verdict.primary

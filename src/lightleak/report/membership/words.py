@@ -10,7 +10,12 @@ from lightleak import statistics as st
 from lightleak.report.membership.contents import FALSE_DISCOVERY_RATE, Claims
 from lightleak.report.words import Check, Mark, p_value, percent
 from lightleak.validity import Design, Verdict
-from lightleak.validity.verdict import InferenceFinding, Prevalence
+from lightleak.validity.verdict import (
+    SHUFFLED,
+    ControlFinding,
+    InferenceFinding,
+    Prevalence,
+)
 
 # From the weakest to the strongest.
 TIERS = {
@@ -85,7 +90,9 @@ def _without_model(verdict: Verdict) -> str:
     told = f"A program that sees only the records, and never the model, gets {100 * blind:.0f}"
     if verdict.validity.differs:
         return f"{told}: the two sets differ by themselves, whatever the model was trained on."
-    return f"{told}, which is no better than chance: the two sets look alike."
+    if any(each.fired for each in verdict.validity.controls):
+        return f"{told}; yet another comparison, in which nothing may be found, found something."
+    return f"{told}, which is no better than chance: as a whole the two sets look alike."
 
 
 def _follows(verdict: Verdict) -> str:
@@ -122,6 +129,17 @@ def stronger(verdict: Verdict, settings: Mapping[str, Any]) -> list[str]:
     """What would make the evidence stronger, the most useful first."""
     validity, cutoffs = verdict.validity, verdict.cutoffs
     found: list[str] = []
+    if any(each.fired for each in validity.controls):
+        found.append(
+            "New controls, or a control model that is known to be older than the records: a "
+            "comparison in which nothing may be found found something."
+        )
+    if validity.unread_fields:
+        named = ", ".join(validity.unread_fields[:4])
+        found.append(
+            f"A look at what else is known of the records ({named}): it was not compared "
+            "(--blind-field)."
+        )
     if validity.duplicates:
         found.append("Leave out the records that stand on both sides (--drop-duplicates).")
     if validity.differs and validity.differences:
@@ -136,10 +154,11 @@ def stronger(verdict: Verdict, settings: Mapping[str, Any]) -> list[str]:
             "not come from training on them."
         )
     least = validity.power.min_detectable_auc
-    if least is None or least > cutoffs.detectable_auc:
+    weak = least is None or least > cutoffs.detectable_auc
+    if weak and verdict.verdict != "exposed":
         needed = st.minimum_set_size(cutoffs.detectable_auc, alpha=cutoffs.alpha)
         found.append(f"More records: about {needed:,} independent ones on each side.")
-    if verdict.tier != "randomised":
+    if settings["design"] != "randomised":
         found.append(
             "Lots: where the owner decides by a random draw which records may be trained on, and "
             "keeps the others back, nothing but training can tell the two apart "
@@ -179,6 +198,7 @@ def _not_shown_exposed(verdict: Verdict) -> list[str]:
     return [
         "Which records were used. The finding is about the suspects as a set; for single records "
         "see the list further down, and its limits.",
+        *_texts_alone(verdict),
         "How many were used, unless a share is stated. A part of them is enough for this result.",
         "How they came into the training, from whom, or whether that was allowed. Copies from "
         "elsewhere leave the same trace.",
@@ -186,6 +206,14 @@ def _not_shown_exposed(verdict: Verdict) -> list[str]:
         "Certainty. The test is built to find at most "
         f"{percent(verdict.cutoffs.alpha)} of models exposed that never saw their suspects.",
     ]
+
+
+def _texts_alone(verdict: Verdict) -> list[str]:
+    """Said where suspects gain no more from their own images than controls do."""
+    pairs = next((each for each in verdict.validity.controls if each.name == SHUFFLED), None)
+    if pairs is None or pairs.p_value is None or pairs.p_value <= verdict.cutoffs.alpha:
+        return []
+    return ["That the images were used: the texts by themselves may explain what was found."]
 
 
 def _not_shown_no_evidence(verdict: Verdict) -> list[str]:
@@ -236,6 +264,17 @@ def _blind(verdict: Verdict, unknown: str | None) -> Check:
         return Check(
             name, "caution", f"{measured} They differ beyond chance; the residual test adjusts."
         )
+    if verdict.validity.unread_fields:
+        fields = ", ".join(verdict.validity.unread_fields)
+        return Check(
+            name,
+            "caution",
+            f"{measured} Not looked at, though the records carry it: {fields} (--blind-field).",
+        )
+    if verdict.validity.differences:
+        return Check(
+            name, "caution", f"{measured} As a whole they look alike; single features differ."
+        )
     return Check(name, "passed", f"{measured} No difference beyond chance was found.")
 
 
@@ -272,7 +311,8 @@ def _power(verdict: Verdict) -> Check:
     needed = st.minimum_set_size(cutoffs.detectable_auc, alpha=cutoffs.alpha)
     return Check(
         name,
-        "failed",
+        # Where an effect was found, none was missed.
+        "caution" if verdict.verdict == "exposed" else "failed",
         f"{found}, a smaller one is not; {wanted} is asked for, which takes about {needed:,} "
         "records on each side.",
     )
@@ -312,11 +352,19 @@ def _negative_controls(verdict: Verdict) -> list[Check]:
     return [
         Check(
             f"{name}: {each.name}",
-            "not possible" if each.p_value is None else "failed" if each.fired else "passed",
+            _mark(each, verdict.cutoffs.alpha),
             each.sentence,
         )
         for each in verdict.validity.controls
     ] or [Check(name, "not run", "No negative control was run.")]
+
+
+def _mark(control: ControlFinding, alpha: float) -> Mark:
+    if control.p_value is None:
+        return "not run" if control.sentence.startswith("Not run") else "not possible"
+    if control.name == SHUFFLED:
+        return "passed" if control.p_value <= alpha else "caution"
+    return "failed" if control.fired else "passed"
 
 
 @dataclass(frozen=True)
@@ -383,14 +431,16 @@ def share(verdict: Verdict) -> str:
         why = (
             "the sets differ by themselves"
             if verdict.validity.differs
-            else "no test counts here, or its scores share no scale over the folds"
+            else "no test counts here"
+            if verdict.tier == "none"
+            else "folds were fitted apart and share no scale"
         )
         return f"Not estimated: {why}."
     low, high = found.ci95
     if found.estimate is None:
         return (
-            f"At least {percent(low)}, with 95 % confidence. Without known members there is only "
-            "this lower bound, which holds whatever members score."
+            f"At least {percent(low)}, with 95 % confidence. Without known members that the signal "
+            "was not fitted on there is only this lower bound, which holds whatever members score."
         )
     return (
         f"{percent(found.estimate)}, 95 % interval {percent(low)} to {percent(high)}, beside the "
