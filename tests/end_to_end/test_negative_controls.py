@@ -1,8 +1,10 @@
 """Comparisons in which nothing may be found: what they find, and what the verdict makes of it."""
 
 import json
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lightleak
+from lightleak.audits import judge_controls
 from lightleak.audits.gather_controls import shuffled
+from lightleak.audits.judge_controls import ControlScores
+from lightleak.audits.set_tests import SetTests
+from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import Sides
+from lightleak.audits.stored import Measured, compared
 from lightleak.cli import main
 from lightleak.errors import UserError
 from lightleak.lab.models import tiny_llava
@@ -45,8 +52,6 @@ def audited(lab_tiny, sets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def nearly_the_target(lab_tiny, tmp_path_factory):
     """A model that was trained on the suspects as well: the target, stirred a little."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("models") / "stirred"
     shutil.copytree(lab_tiny.target, folder)
     weights = load_file(folder / "model.safetensors")
@@ -130,18 +135,42 @@ def test_a_target_that_learnt_the_texts_alone_is_not_said_to_know_the_pairs(alon
     assert not pairs.fired
 
 
-def test_a_target_that_learnt_the_pairs_is_said_to(lab_pairs, subset, tmp_path):
-    verdict = lightleak.audit(
-        target=lab_pairs.target,
-        suspect=subset(lab_pairs.members, "suspect"),
-        control=subset(lab_pairs.nonmembers, "control"),
-        signals=("cosine",),
-        design="randomised",
-        out=tmp_path / "run",
+def measured(records):
+    side = np.repeat(["suspect", "control"], records)
+    names = np.arange(2 * records).astype(str)
+    return Measured(Path(), None, list(names), side, np.arange(2 * records) % 2, names, None)
+
+
+@pytest.mark.parametrize(("base_knows", "said"), [(False, "tells their pairs"), (True, "gain no")])
+def test_a_target_that_learnt_the_pairs_is_said_to_and_not_what_its_base_knew(base_knows, said):
+    rng = np.random.default_rng(0)
+    rows, records = measured(120), 240
+    learnt = np.where(rows.side == "suspect", 1.0, 0.0)
+    scores = ControlScores(
+        {"base": rng.normal(size=records) + learnt * base_knows},
+        {"": rng.normal(size=records), "base": rng.normal(size=records)},
     )
-    pairs = control(verdict, SHUFFLED)
-    assert pairs.p_value <= 0.01
-    assert "tells their pairs" in pairs.sentence
+    tests = SetTests(AuditSettings.read(target="t", suspect="s", control="c"), "loss")
+    own = rng.normal(size=records) + learnt
+    assert said in judge_controls._pairs(tests, rows, own, scores).sentence
+
+
+def test_a_control_model_that_scored_one_side_alone_forbids_an_answer():
+    rows = measured(120)
+    settings = AuditSettings.read(target="t", suspect="s", control="c")
+    data = compared(rows, np.zeros(240))
+    assert ControlScores.covers(np.zeros(240), data, settings)
+    one_sided = np.where(rows.side == "suspect", np.nan, 0.0)
+    assert not ControlScores.covers(one_sided, data, settings)
+    assert judge_controls._not_compared("base").fired
+
+
+def test_a_run_whose_control_was_lost_is_not_judged_without_it(audited, ignorant, tmp_path):
+    _, out = audited("ignorant", base=ignorant)
+    shutil.copytree(out, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "evidence" / "base")
+    with pytest.raises(UserError, match="Run the same audit again"):
+        lightleak.judge(lightleak.runs.Run.open(tmp_path / "run"))
 
 
 def test_without_negative_controls_no_model_runs_but_the_target(audited):

@@ -8,6 +8,7 @@ import pytest
 from lightleak.errors import UserError
 from lightleak.validity import Cutoffs, Verdict
 from lightleak.validity.verdict import (
+    BlindFinding,
     ControlFinding,
     Coverage,
     DifferenceFinding,
@@ -16,6 +17,7 @@ from lightleak.validity.verdict import (
     SideCoverage,
     SignalFinding,
     ValidityFinding,
+    counting_test,
     decide,
     json_schema,
 )
@@ -44,6 +46,7 @@ def validity(
     controls=(),
     groups=300,
     effective_share=0.9,
+    single=0.03,
 ):
     return ValidityFinding(
         blind_auc=blind,
@@ -56,7 +59,7 @@ def validity(
                 feature="length",
                 sentence="Suspect texts are longer.",
                 auc=0.9,
-                p_value_adjusted=0.001,
+                p_value_adjusted=single,
             )
         ],
         duplicates=duplicates,
@@ -232,3 +235,17 @@ def test_a_notebook_shows_the_verdict_and_runs_nothing(verdict):
 def test_a_level_that_no_permutation_could_reach_is_refused():
     with pytest.raises(ValueError, match=r"greater than or equal to 0\.001"):
         Cutoffs(alpha=1e-5)
+
+
+def test_one_plain_feature_that_differs_is_enough_to_disbelieve_a_random_draw():
+    shifted = {"single": 1e-4}  # The classifiers drown it: their interval holds one half.
+    result = decided("randomised", permutation=1e-9, adjusted=0.3, validity=shifted)
+    assert (result.verdict, result.tier) == ("inconclusive", "observational")
+
+
+def test_a_hold_out_needs_every_classifier_below_the_limit():
+    trees = BlindFinding(auc=0.54, auc_ci95=(0.455, 0.62))
+    given = validity().model_copy(update={"blind": {"trees": trees}})
+    tier, _, reasons = counting_test("held-out", given, Cutoffs())
+    assert tier == "observational"
+    assert "0.620" in reasons[0]

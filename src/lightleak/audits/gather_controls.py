@@ -15,8 +15,16 @@ from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import Sides, failures_table
 from lightleak.errors import UserError
 from lightleak.records import Failure
-from lightleak.runs import Progress, Run, write_table
+from lightleak.runs import Progress, Run, write_json, write_table
 from lightleak.targets import Target
+
+# Which control models a run was to ask: judging without one that is missing would hide it.
+PLANNED = "controls.json"
+
+
+def plan_controls(run: Run, settings: AuditSettings) -> None:
+    """Write down which control models there will be, before anything is measured."""
+    write_json(run.evidence / PLANNED, {"models": list(settings.control_models())})
 
 
 def gather_shuffled(

@@ -196,7 +196,9 @@ def _verdict(
     coverage = _coverage(run, data)
     controls = judge_controls.control_scores(run, settings, measured)
     features = blind_features(run, measured)
-    tests = SetTests(settings, settings.primary, features).given(*controls.models.values())
+    tests = SetTests(settings, settings.primary, features).given(
+        *(values for values in controls.models.values() if controls.covers(values, data, settings))
+    )
     residual = tests.residual(data)
     validity = _validity(run, settings, data, residual)
     _, test, _ = counting_test(settings.design, validity, settings.cutoffs)
@@ -345,12 +347,13 @@ def _coverage(run: Run, data: Compared) -> Coverage:
 
 
 def _detectable_auc(settings: AuditSettings, data: Compared) -> float | None:
-    """The smallest AUC found with 90 % probability, by the number of groups.
+    """By the effective number of groups, the smallest AUC found with 90 % probability.
 
     Where folds were crossed, each has its share of the groups, and twice their median p-value
     rejects when they do at half the level.
     """
-    suspects, controls, alpha = *data.n_groups, settings.cutoffs.alpha
+    suspects, controls = data.effective_groups
+    alpha = settings.cutoffs.alpha
     if crosses_folds(settings, settings.primary):
         suspects, controls = suspects // settings.folds, controls // settings.folds
         alpha /= 2
@@ -381,8 +384,8 @@ def _validity(
         duplicate_pairs=[DuplicateFinding(**pair) for pair in pairs],
         power=PowerFinding(
             min_detectable_auc=_detectable_auc(settings, data),
-            suspect_groups=data.n_groups[0],
-            control_groups=data.n_groups[1],
+            suspect_groups=data.effective_groups[0],
+            control_groups=data.effective_groups[1],
         ),
         controls=[],
     )

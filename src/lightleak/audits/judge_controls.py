@@ -9,12 +9,12 @@ import numpy as np
 from scipy import stats
 
 from lightleak import signals
-from lightleak.audits.gather_controls import shuffled_folder
+from lightleak.audits.gather_controls import PLANNED, shuffled_folder
 from lightleak.audits.set_tests import SetTests, blind_features
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.stored import Compared, Measured, compared, load, score
 from lightleak.evidence.readings import Floats
-from lightleak.runs import Run
+from lightleak.runs import Run, read_json
 from lightleak.validity.verdict import SHUFFLED, ControlFinding, CountingTest, p_words
 
 # Random halves of the controls that are compared with each other; the residual test is slow.
@@ -33,22 +33,29 @@ class ControlScores:
     models: dict[str, Floats]
     shuffled: dict[str, Floats]
 
+    @staticmethod
+    def covers(values: Floats, data: Compared, settings: AuditSettings) -> bool:
+        """Whether a control model scored enough of the compared records, on both sides alike."""
+        scored = np.isfinite(values[data.rows])
+        sides = [scored[data.suspect], scored[~data.suspect]]
+        if min(int(each.sum()) for each in sides) < settings.cutoffs.fewest_records:
+            return False
+        apart = abs(float(sides[0].mean() - sides[1].mean()))
+        return apart <= settings.cutoffs.lopsided_failures
+
 
 def control_scores(run: Run, settings: AuditSettings, measured: Measured) -> ControlScores:
     """Read what the control passes left, in the order of `measured`; NaN where there is none."""
-    names = [name for name in ("base", "control target") if _stored(run, name.replace(" ", "-"))]
+    planned = run.evidence / PLANNED
+    names = read_json(planned)["models"] if planned.is_file() else []
     return ControlScores(
         {name: _aligned(run, settings, measured, name.replace(" ", "-")) for name in names},
         {
             name: _aligned(run, settings, measured, shuffled_folder(name))
             for name in ("", "base")
-            if _stored(run, shuffled_folder(name))
+            if any((run.evidence / shuffled_folder(name)).glob("part-*.parquet"))
         },
     )
-
-
-def _stored(run: Run, folder: str) -> bool:
-    return any((run.evidence / folder).glob("part-*.parquet"))
 
 
 def _aligned(run: Run, settings: AuditSettings, measured: Measured, folder: str) -> Floats:
@@ -68,11 +75,14 @@ def find(
 ) -> list[ControlFinding]:
     """Every negative control that could be run, by the test that counts for the target."""
     tests = SetTests(settings, settings.primary, blind_features(run, measured))
+    audited = compared(measured, scores)
     found = [
         _control_model(tests, compared(measured, values), name, test)
+        if controls.covers(values, audited, settings)
+        else _not_compared(name)
         for name, values in controls.models.items()
     ]
-    found.append(_halves(tests, compared(measured, scores), test))
+    found.append(_halves(tests, audited, test))
     if "" in controls.shuffled:
         found.append(_pairs(tests, measured, scores, controls))
     elif settings.negative_controls and signals.get(settings.primary).fitted:
@@ -98,9 +108,7 @@ def _control_model(
     """A model that cannot have seen the suspects must not set them apart, in either direction."""
     tails, area = _tails(tests, data, test), tests.auc(data)
     if area is None or tails is None:
-        return ControlFinding(
-            name=name, sentence=f"The {name} could not be compared: too few records were scored."
-        )
+        return _not_compared(name)
     p_value = min(1.0, 2 * min(tails))
     fired = p_value <= tests.settings.cutoffs.control_alarm
     measured = f"(AUC {area.value:.3f}; by the test that counts {p_words(p_value)}, two-sided)"
@@ -119,6 +127,14 @@ def _control_model(
         p_value=p_value,
         fired=fired,
     )
+
+
+def _not_compared(name: str) -> ControlFinding:
+    sentence = (
+        f"The {name} was to be asked about the same records, and could not score enough of them "
+        "on both sides alike: what it would have shown is not known."
+    )
+    return ControlFinding(name=name, sentence=sentence, fired=True)
 
 
 def _halves(tests: SetTests, data: Compared, test: CountingTest) -> ControlFinding:
@@ -177,8 +193,9 @@ def _pairs(
     return ControlFinding(
         name=name,
         sentence=(
-            f"On the true pair suspects score higher {by} {measured_words}: the target tells "
-            f"their pairs, not only their texts. {wrong}"
+            f"Suspects score higher on the true pair {by}, and by more than controls do "
+            f"{measured_words}: the target tells their pairs, not only their texts, unless the "
+            f"sets differ in what their images add. {wrong}"
             if knows
             else f"Suspects gain no more from the true pair than controls do {measured_words}: "
             f"what sets them apart, if anything does, may be the texts by themselves. {wrong}"

@@ -263,6 +263,7 @@ def _decides(
         "gradaudit.matrices": None if selection is None else selection.strategy,
         "folds": [settings.folds, settings.seed] if crossed else None,
         "dropped duplicates": settings.drop_duplicates,
+        "embeddings": settings.embeddings,
         "evidence limit": settings.evidence_limit if GradientSlices in needs else None,
         **bank,
     }

@@ -9,7 +9,11 @@ from typing import Any
 
 from lightleak import signals
 from lightleak.audits.gather import gather
-from lightleak.audits.gather_controls import gather_control_models, gather_shuffled
+from lightleak.audits.gather_controls import (
+    gather_control_models,
+    gather_shuffled,
+    plan_controls,
+)
 from lightleak.audits.judge import judge
 from lightleak.audits.manifest import recorded
 from lightleak.audits.measure import claim
@@ -23,7 +27,8 @@ from lightleak.validity import Verdict
 # What may not change once the run has been looked at; paths and devices may.
 _REGISTERED = (
     *("primary", "design", "cutoffs", "signals", "options", "protocol", "folds", "seed"),
-    *("base", "control_target", "negative_controls", "blind_fields"),
+    *("base", "control_target", "negative_controls", "blind_fields", "embeddings"),
+    *("documentation", "bank_size", "drop_duplicates"),
 )
 
 
@@ -84,11 +89,13 @@ def audit(
         target=model,
         hashes={
             **{f"{side} records": value for side, value in sides.hashes.items()},
-            **_documentation(chosen.documentation),
+            **_hash("documentation", chosen.documentation),
+            **_hash("embeddings", chosen.embeddings),
         },
         command=command or "lightleak.audit(…)",
         credit=credit,
     ):
+        plan_controls(run, chosen)
         sides = gather(run, chosen, model, sides, progress)
         if chosen.negative_controls:
             gather_shuffled(run, chosen, model, sides, progress, "")
@@ -98,12 +105,10 @@ def audit(
         return judge(run, progress)
 
 
-def _documentation(file: str | None) -> dict[str, str]:
+def _hash(option: str, file: str | None) -> dict[str, str]:
     if file is None:
         return {}
     try:
-        return {"documentation": sha256(Path(file).read_bytes()).hexdigest()}
+        return {option: sha256(Path(file).read_bytes()).hexdigest()}
     except OSError as error:
-        raise UserError(
-            f"it cannot be read ({error.strerror})", f"--documentation {file}"
-        ) from error
+        raise UserError(f"it cannot be read ({error.strerror})", f"--{option} {file}") from error

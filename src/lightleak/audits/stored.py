@@ -180,6 +180,16 @@ class Compared:
         """Groups among the suspects and among the controls."""
         return len(set(self.groups[self.suspect])), len(set(self.groups[~self.suspect]))
 
+    @property
+    def effective_groups(self) -> tuple[int, int]:
+        """How many groups of one size would tell as much, (Σn)²/Σn², rounded down."""
+        counts = (
+            np.unique(self.groups[side], return_counts=True)[1]
+            for side in (self.suspect, ~self.suspect)
+        )
+        first, second = (int(n.sum() ** 2 / max(1, (n**2).sum()) + 1e-9) for n in counts)
+        return first, second
+
 
 def compared(measured: Measured, scores: Floats) -> Compared:
     """The audited records that have a score."""

@@ -146,9 +146,13 @@ def finish(
 
     opened = Run.open(run)
     gates = {gate.text: gate.trips(verdict) for gate in fail_if}
-    for file in (junit, sarif):
-        if file is not None:
-            make_folder(file.parent)
+    written = [file for file in (junit, sarif) if file is not None]
+    for file in written:
+        if file.resolve().is_relative_to(opened.folder.resolve()):
+            raise UserError("the run folder holds the run and nothing else", str(file))
+        make_folder(file.parent)
+    if len({file.resolve() for file in written}) < len(written):
+        raise UserError("--junit and --sarif are one file", str(junit), "Give two.")
     if junit is not None:
         with replacing(junit) as stream:
             stream.write(formats.junit(verdict, opened, gates).encode())

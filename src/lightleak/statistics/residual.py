@@ -69,9 +69,11 @@ def residual_test(
     of models must agree: the larger p-value counts, because either alone leaves dependence on X
     that the other catches.
 
-    The level holds as far as one family learns how X drives the score. Strong curves and
-    interactions among many features, at a few hundred records, are learnt by neither; what is
-    left of them counts as evidence, and the test rejects too often.
+    The level holds as far as one family learns how X drives side and score. Interactions and
+    curves that drive both are learnt too little by either, at a few hundred records and at
+    thousands; what is left of them counts as evidence, and the test rejects too often.
+    p-values are Student's with as many degrees as groups carry the variance: few suspects, or
+    few extreme scores, weigh less than their number.
 
     Args:
         scores: one for each record, higher = more member-like; shape (n,).
@@ -103,10 +105,13 @@ def residual_test(
         for name, family in _families(seed).items()
     }
     statistics = {name: _statistic(values, side, fit, codes) for name, fit in fits.items()}
-    p_values = {name: float(stats.norm.sf(value)) for name, value in statistics.items()}
+    freedom = {name: _weight(values, side, fit, codes) - 1 for name, fit in fits.items()}
+    p_values = {name: float(stats.t.sf(value, freedom[name])) for name, value in statistics.items()}
     return ResidualTest(
         p_value=max(p_values.values()),
-        p_value_below=max(float(stats.norm.cdf(value)) for value in statistics.values()),
+        p_value_below=max(
+            float(stats.t.cdf(value, freedom[name])) for name, value in statistics.items()
+        ),
         statistic_by_family=statistics,
         p_by_family=p_values,
         robustness=_robustness(min(statistics.values()), np.unique(codes).size),
@@ -189,8 +194,18 @@ def _cross_fit(
     return fit
 
 
+def _sums(scores: Floats, side: Booleans, fit: _Fit, codes: Integers) -> Floats:
+    return np.bincount(codes, weights=(side - fit.side) * (scores - fit.score)).astype(np.float64)
+
+
+def _weight(scores: Floats, side: Booleans, fit: _Fit, codes: Integers) -> float:
+    """How many groups carry the variance, (Σr²)²/Σr⁴: few, where few suspects or scores do."""
+    squares = _sums(scores, side, fit, codes) ** 2
+    return max(2.0, float(squares.sum() ** 2 / max((squares**2).sum(), 1e-300)))
+
+
 def _statistic(scores: Floats, side: Booleans, fit: _Fit, codes: Integers) -> float:
-    sums = np.bincount(codes, weights=(side - fit.side) * (scores - fit.score))
+    sums = _sums(scores, side, fit, codes)
     deviation = sums.std(ddof=1)
     # Constant scores leave no residual, hence no evidence.
     return float(np.sqrt(sums.size) * sums.mean() / deviation) if deviation > 0 else -np.inf
@@ -214,6 +229,10 @@ def _effective_share(predicted: Floats, side: Booleans) -> float:
     features is too sure of itself, and would make controls seem rarer than they are.
     """
     logits = special.logit(np.clip(predicted, 1e-9, 1 - 1e-9))[:, None]
-    odds = LogisticRegression(C=1e6).fit(logits, side).decision_function(logits[~side])
+    calibrated = LogisticRegression(C=1e6).fit(logits, side)
+    odds = calibrated.decision_function(logits[~side])
     weights = np.exp(odds - odds.max())
-    return float(weights.sum() ** 2 / (weights**2).sum() / weights.size)
+    kish = weights.sum() ** 2 / (weights**2).sum() / weights.size
+    # Where all suspects lie beyond the controls, these are alike and yet resemble none of them.
+    overlapping = (calibrated.decision_function(logits[side]) <= odds.max()).mean()
+    return float(min(kish, overlapping))

@@ -23,6 +23,10 @@ Design = Literal["randomised", "held-out", "observational"]
 SCHEMA_VERSION = "2.0"
 # Classifiers that see the records and no model, by what they look at.
 BLIND_PARTS = ("text", "image", "joint", "trees")
+# Level at which a single feature, or the permutation null, says that the sets differ.
+_DIFFERS = 0.01
+# What control models are called.
+CONTROL_MODELS = ("base", "control target")
 # The negative control that explains and never alarms.
 SHUFFLED = "texts shuffled among the images"
 CountingTest = Literal["permutation", "residual"]
@@ -172,7 +176,16 @@ class ControlFinding(Part):
     auc: float | None = None
     auc_ci95: Range | None = None
     p_value: float | None = None
-    fired: bool = Field(False, description="whether it found what it may not: no answer then")
+    fired: bool = Field(
+        False,
+        description="whether it found what it may not, or was asked for and could not be "
+        "compared: no answer then",
+    )
+
+    @property
+    def model(self) -> bool:
+        """Whether it is a model that cannot have seen the suspects."""
+        return self.name in CONTROL_MODELS
 
 
 class InferenceFinding(Part):
@@ -209,8 +222,20 @@ class ValidityFinding(Part):
 
     @property
     def differs(self) -> bool:
-        """Whether the sets are known to differ by themselves, or nothing is known about it."""
-        return self.blind_auc_ci95 is None or self.blind_auc_ci95[0] > 0.5
+        """Whether the sets are known to differ by themselves, or nothing is known about it.
+
+        One plain column may tell what thousands of terms drown, so a single feature counts, too.
+        """
+        if self.blind_auc_ci95 is None or self.blind_auc_ci95[0] > 0.5:
+            return True
+        single = [each.p_value_adjusted for each in self.differences]
+        return min(single, default=1.0) <= _DIFFERS or (self.blind_p_value or 1.0) <= _DIFFERS
+
+    @property
+    def highest_blind(self) -> float:
+        """The largest upper end of the intervals of the classifiers that see everything."""
+        ends = [self.blind[name].auc_ci95[1] for name in ("joint", "trees") if name in self.blind]
+        return max(ends, default=0.0 if self.blind_auc_ci95 is None else self.blind_auc_ci95[1])
 
 
 class SideCoverage(Part):
@@ -360,12 +385,19 @@ def decide(
         )
         return Decision("inconclusive", tier, tuple(reasons), test)
     name = "permutation test" if test == "permutation" else "test adjusted for what differs"
+    if tier == "held_out":
+        name = "weaker of permutation and adjusted test"
     level = f"{p_words(p_value)}, at a level of {cutoffs.alpha:g}"
     if p_value <= cutoffs.alpha:
         reasons.append(f"The {name} rejects chance: {level}.")
+        if validity.differs and not any(each.model for each in validity.controls):
+            reasons.append(
+                "No control model was run: a difference between the sets that is hard to learn "
+                "from so many records, such as many rare words, could look the same."
+            )
         return Decision("exposed", tier, tuple(reasons), test)
     reasons.append(f"The {name} does not reject chance: {level}.")
-    if test == "residual" and validity.blind_auc_ci95 and validity.blind_auc_ci95[0] > 0.5:
+    if test == "residual" and validity.differs:
         reasons.append(
             "The sets differ by themselves, and adjusting for that costs power by an amount that "
             "is not known: nothing can be read into the absence of an effect."
@@ -375,7 +407,8 @@ def decide(
     if detectable is not None and detectable <= cutoffs.detectable_auc:
         reasons.append(
             f"An effect of AUC {detectable:.3f} or more would have been found with 90 % "
-            "probability: no evidence at this power, which is not the same as not trained on."
+            "probability (unadjusted; adjusting costs a little of that): no evidence at this "
+            "power, which is not the same as not trained on."
         )
         return Decision("no_evidence", tier, tuple(reasons), test)
     reasons.append(
@@ -466,7 +499,7 @@ def counting_test(
     blind = f"blind AUC {validity.blind_auc:.3f}, 95 % interval {low:.3f} to {high:.3f}"
     adjusted = "the test adjusts for what can be seen without the model."
     if design == "randomised":
-        if low <= 0.5:
+        if not validity.differs:
             return (
                 "randomised",
                 "permutation",
@@ -478,14 +511,15 @@ def counting_test(
             [f"A random draw was declared but the sets differ ({blind}): {adjusted}"],
         )
     if design == "held-out":
-        if low <= 0.5 and high <= cutoffs.blind_held_out:
+        highest = max(high, validity.highest_blind)
+        if not validity.differs and highest <= cutoffs.blind_held_out:
             return "held_out", "permutation", [f"A random hold-out, and no shift found ({blind})."]
         return (
             "observational",
             "residual",
             [
-                f"A hold-out was declared but a shift is not excluded ({blind}; the upper end "
-                f"must be at most {cutoffs.blind_held_out:.2f}): {adjusted}"
+                f"A hold-out was declared but a shift is not excluded ({blind}; no upper end, "
+                f"here up to {highest:.3f}, may lie above {cutoffs.blind_held_out:.2f}): {adjusted}"
             ],
         )
     return "observational", "residual", [f"No random design was declared ({blind}): {adjusted}"]

@@ -22,8 +22,8 @@ TIERS = {
     "none": ("None", "No test counts here: the reasons below forbid an answer."),
     "observational": (
         "Observational",
-        "No random draw between suspects and controls can be relied on. What can be seen in the "
-        "records themselves was measured and adjusted for; what cannot be seen was not.",
+        "No random draw between suspects and controls can be relied on. What can be learnt from "
+        "these records themselves was adjusted for; what cannot be was not.",
     ),
     "held_out": (
         "Held-out",
@@ -147,7 +147,7 @@ def stronger(verdict: Verdict, settings: Mapping[str, Any]) -> list[str]:
         found.append(
             f"Other controls, from the same source and time as the suspects. These differ: {named}."
         )
-    if not any(each.name in ("base", "control target") for each in validity.controls):
+    if not any(each.model for each in validity.controls):
         found.append(
             "A model that cannot have seen the suspects, such as the one that this was fine-tuned "
             "from (--base) or another of its kind (--control-target): what it shows, too, does "
@@ -203,7 +203,7 @@ def _not_shown_exposed(verdict: Verdict) -> list[str]:
         "How they came into the training, from whom, or whether that was allowed. Copies from "
         "elsewhere leave the same trace.",
         rests_on,
-        "Certainty. The test is built to find at most "
+        "Certainty. Where the design holds and what differs can be learnt, the test finds about "
         f"{percent(verdict.cutoffs.alpha)} of models exposed that never saw their suspects.",
     ]
 
