@@ -238,3 +238,15 @@ def test_the_command_writes_page_and_table(generations, tmp_path, monkeypatch):
     assert "48 %, 39 % to 57 %" in squeeze(done.output)
     assert Page(tmp_path / "compare.html").row("70B")
     assert (tmp_path / "t.csv").read_text(encoding="utf-8").count("7B") == 2
+
+
+def test_a_comparison_never_takes_the_place_of_what_it_compares(generations, tmp_path):
+    inside = generations[0] / "report.html"
+    for given in (
+        {"out": inside},
+        {"out": tmp_path},
+        {"out": tmp_path / "page.html", "csv": tmp_path / "page.html"},
+    ):
+        with pytest.raises(UserError, match="run folder|a folder|one file"):
+            compare(generations, **given)
+    assert not inside.is_file()

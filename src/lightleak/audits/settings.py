@@ -57,7 +57,10 @@ class TargetSettings(BaseModel):
             UserError: an option that does not exist or has a wrong value.
         """
         try:
-            return cls(**{k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
+            # An empty name is what an unset variable of a pipeline leaves.
+            named = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+            unset = {k for k in ("adapter", "base", "control_target") if named.get(k) == ""}
+            return cls(**{k: v for k, v in named.items() if k not in unset})
         except ValidationError as error:
             first = error.errors()[0]
             name, *inner = (str(part) for part in first["loc"] or ("",))

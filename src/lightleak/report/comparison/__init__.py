@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pyarrow import csv as arrow_csv
 
+from lightleak.errors import UserError
 from lightleak.report.comparison import contents, figures, words
 from lightleak.report.contents import flatten
 from lightleak.report.pages import write_page
@@ -38,6 +39,7 @@ def compare(
         UserError: runs that cannot be compared at all, or a file that cannot be written.
     """
     audits = contents.read(runs, labels)
+    _refuse_overwriting(runs, [Path(each) for each in (out, csv, parquet) if each is not None])
     if csv is not None:
         with replacing(Path(csv)) as stream:
             arrow_csv.write_csv(contents.table(audits), stream)
@@ -52,3 +54,15 @@ def compare(
         auc=figures.auc(audits),
         manifests=[list(flatten(audit.manifest)) for audit in audits],
     )
+
+
+def _refuse_overwriting(runs: Sequence[str | Path], files: Sequence[Path]) -> None:
+    """No file of a comparison may lie in a run or take another one's place."""
+    folders = [Path(run).resolve() for run in runs]
+    for file in files:
+        if file.is_dir():
+            raise UserError("this is a folder", str(file), "Give a file.")
+        if any(file.resolve().is_relative_to(folder) for folder in folders):
+            raise UserError("a run folder holds the run and nothing else", str(file))
+    if len({file.resolve() for file in files}) < len(files):
+        raise UserError("page and tables are one file", str(files[0]), "Give each a name.")
