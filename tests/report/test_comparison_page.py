@@ -247,6 +247,6 @@ def test_a_comparison_never_takes_the_place_of_what_it_compares(generations, tmp
         {"out": tmp_path},
         {"out": tmp_path / "page.html", "csv": tmp_path / "page.html"},
     ):
-        with pytest.raises(UserError, match="run folder|a folder|one file"):
+        with pytest.raises(UserError, match=r"run folder|a folder|one file"):
             compare(generations, **given)
     assert not inside.is_file()
