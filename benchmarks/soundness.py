@@ -360,7 +360,7 @@ def summary(situation: Situation, rows: Sequence[dict[str, Any]]) -> dict[str, A
 
 def picture(table: Sequence[dict[str, Any]], file: Path) -> None:
     """Shares of exposed, lightleak beside naive practice, by situation."""
-    figure = Figure(figsize=(9, 0.46 * len(table) + 1.3), layout="constrained")
+    figure = Figure(figsize=(9, 0.52 * len(table) + 1.3), layout="constrained")
     axes = figure.subplots()
     kinds = (
         ("naive: dataset inference", "dataset inference, unchecked", "#b9bec7", "s"),
@@ -384,13 +384,15 @@ def picture(table: Sequence[dict[str, Any]], file: Path) -> None:
                 zorder=3,
                 label=label if place == 0 else None,
             )
-    axes.set_yticks(range(len(table)), [row["name"] for row in reversed(table)])
+    axes.set_yticks(
+        range(len(table)), [row["name"].replace(", ", ",\n", 1) for row in reversed(table)]
+    )
     axes.set_xscale("function", functions=(lambda x: np.abs(x) ** 0.4, lambda x: np.abs(x) ** 2.5))
     axes.set_xticks(
         [0, 0.01, 0.05, 0.2, 0.5, 0.9, 1], ["0", "1 %", "5 %", "20 %", "50 %", "90 %", ""]
     )
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of audits that call the suspects trained on (green: what is asked for)")
+    axes.set_xlabel("share of audits that say “trained on”; green: asked for")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
