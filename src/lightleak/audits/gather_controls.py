@@ -11,7 +11,7 @@ import numpy as np
 
 from lightleak import signals
 from lightleak.audits.measure import measure
-from lightleak.audits.settings import AuditSettings
+from lightleak.audits.settings import AuditSettings, no_control
 from lightleak.audits.sides import Sides, failures_table
 from lightleak.errors import UserError
 from lightleak.records import Failure
@@ -22,9 +22,9 @@ from lightleak.targets import Target
 PLANNED = "controls.json"
 
 
-def plan_controls(run: Run, settings: AuditSettings) -> None:
+def plan_controls(run: Run, models: Mapping[str, str]) -> None:
     """Write down which control models there will be, before anything is measured."""
-    write_json(run.evidence / PLANNED, {"models": list(settings.control_models())})
+    write_json(run.evidence / PLANNED, {"models": list(models)})
 
 
 def gather_shuffled(
@@ -57,6 +57,7 @@ def shuffled_folder(name: str) -> str:
 def gather_control_models(
     run: Run,
     settings: AuditSettings,
+    models: Mapping[str, str],
     sides: Sides,
     target_hashes: Mapping[str, str],
     kind: str,
@@ -67,19 +68,14 @@ def gather_control_models(
     Raises:
         UserError: a control model cannot be loaded, is of another kind, or is the target.
     """
-    for name, model in settings.control_models().items():
+    for name, model in models.items():
         with progress.stage(f"Loading the {name}", 1) as advance:
             other = settings.load(model)
             advance(1)
         if other.kind != kind:
             raise UserError(f"it is a {other.kind} model, and the target a {kind} one", model)
         if other.hashes == target_hashes:
-            raise UserError(
-                f"the {name} is the target itself, so it shows nothing about what it was not "
-                "trained on",
-                model,
-                "Give another model, or --no-negative-controls.",
-            )
+            raise no_control(name, model)
         folder = run.evidence / name.replace(" ", "-")
         folder.mkdir(exist_ok=True)
         measure(folder, settings.for_controls(), other, sides, progress, of=f"the {name}")

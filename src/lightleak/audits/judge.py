@@ -195,14 +195,14 @@ def _verdict(
     data = compared(measured, own)
     coverage = _coverage(run, data)
     controls = judge_controls.control_scores(run, settings, measured)
-    features = blind_features(run, measured)
-    tests = SetTests(settings, settings.primary, features).given(
+    blind = SetTests(settings, settings.primary, blind_features(run, measured))
+    tests = blind.given(
         *(values for values in controls.models.values() if controls.covers(values, data, settings))
     )
     residual = tests.residual(data)
     validity = _validity(run, settings, data, residual)
     _, test, _ = counting_test(settings.design, validity, settings.cutoffs)
-    found = judge_controls.find(run, settings, measured, own, controls, test)
+    found = judge_controls.find(blind, measured, own, controls, test)
     validity = validity.model_copy(update={"controls": found})
     decision = decide(
         design=settings.design,

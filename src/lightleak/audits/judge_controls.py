@@ -10,7 +10,7 @@ from scipy import stats
 
 from lightleak import signals
 from lightleak.audits.gather_controls import PLANNED, shuffled_folder
-from lightleak.audits.set_tests import SetTests, blind_features
+from lightleak.audits.set_tests import SetTests
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.stored import Compared, Measured, compared, load, score
 from lightleak.evidence.readings import Floats
@@ -66,15 +66,14 @@ def _aligned(run: Run, settings: AuditSettings, measured: Measured, folder: str)
 
 
 def find(
-    run: Run,
-    settings: AuditSettings,
+    tests: SetTests,
     measured: Measured,
     scores: Floats,
     controls: ControlScores,
     test: CountingTest,
 ) -> list[ControlFinding]:
     """Every negative control that could be run, by the test that counts for the target."""
-    tests = SetTests(settings, settings.primary, blind_features(run, measured))
+    settings = tests.settings
     audited = compared(measured, scores)
     found = [
         _control_model(tests, compared(measured, values), name, test)
@@ -85,7 +84,7 @@ def find(
     found.append(_halves(tests, audited, test))
     if "" in controls.shuffled:
         found.append(_pairs(tests, measured, scores, controls))
-    elif settings.negative_controls and signals.get(settings.primary).fitted:
+    elif settings.negative_controls and signals.get(tests.signal).fitted:
         why = "Not run: the primary signal is fitted, and a fit on wrong pairs is another signal."
         found.append(ControlFinding(name=SHUFFLED, sentence=why))
     return found
@@ -178,11 +177,10 @@ def _pairs(
     if {"base"} <= controls.models.keys() & controls.shuffled.keys():
         fall = fall - (controls.models["base"] - controls.shuffled["base"])
         by += ", and more than at the base"
-    name = SHUFFLED
     pairs, halves = compared(measured, fall), compared(measured, controls.shuffled[""])
     area, apart = tests.auc(pairs), tests.auc(halves)
     if area is None or apart is None:
-        return ControlFinding(name=name, sentence="Too few pairs could be shuffled.")
+        return ControlFinding(name=SHUFFLED, sentence="Too few pairs could be shuffled.")
     p_value = tests.permutation(pairs)
     wrong = (
         f"With wrong images the suspects' texts are told apart with AUC {apart.value:.3f} "
@@ -191,7 +189,7 @@ def _pairs(
     measured_words = f"(AUC {area.value:.3f} [{area.low:.3f}, {area.high:.3f}], {p_words(p_value)})"
     knows = p_value <= tests.settings.cutoffs.alpha
     return ControlFinding(
-        name=name,
+        name=SHUFFLED,
         sentence=(
             f"Suspects score higher on the true pair {by}, and by more than controls do "
             f"{measured_words}: the target tells their pairs, not only their texts, unless the "

@@ -71,7 +71,7 @@ def audit(
         target=target, suspect=suspect, control=control, options=options, **settings
     )
     progress = progress or Silent()
-    chosen.control_models()  # What is not there is better missed now than after hours.
+    others = chosen.control_models()  # What is not there is better missed now than after hours.
     run = Run.create(out)
     sides = read_sides(chosen, progress)
     with progress.stage("Loading the model", 1) as advance:
@@ -95,13 +95,13 @@ def audit(
         command=command or "lightleak.audit(…)",
         credit=credit,
     ):
-        plan_controls(run, chosen)
+        plan_controls(run, others)
         sides = gather(run, chosen, model, sides, progress)
         if chosen.negative_controls:
             gather_shuffled(run, chosen, model, sides, progress, "")
         hashes, kind = model.hashes, model.kind
         del model  # One model at a time in memory.
-        gather_control_models(run, chosen, sides, hashes, kind, progress)
+        gather_control_models(run, chosen, others, sides, hashes, kind, progress)
         return judge(run, progress)
 
 

@@ -15,9 +15,6 @@ from lightleak.audits.stored import Compared, Measured
 from lightleak.evidence.readings import Floats
 from lightleak.runs import Run
 
-# The residual test leans on a normal approximation, which is not to be believed further out.
-SMALLEST_P = 1e-6
-
 
 def crosses_folds(settings: AuditSettings, name: str) -> bool:
     """Whether a signal's scores in one fold depend on the labels of the others.
@@ -103,7 +100,9 @@ class SetTests:
         ]
 
         def combined(p_values: list[float]) -> float:
-            return max(SMALLEST_P, st.combine_splits(p_values) if len(found) > 1 else p_values[0])
+            return max(
+                st.SMALLEST_P, st.combine_splits(p_values) if len(found) > 1 else p_values[0]
+            )
 
         return Residual(
             combined([each.p_value for each in found]),
@@ -123,8 +122,6 @@ class SetTests:
         parts = [self.features]
         for column in columns:
             known = np.isfinite(column)
-            if not known.any():
-                continue
             parts.append(np.where(known, column, np.median(column[known]))[:, None])
             if not known.all():
                 parts.append(known[:, None].astype(np.float64))

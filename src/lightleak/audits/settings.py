@@ -27,6 +27,15 @@ FEWEST_PAIRS = 8
 SPLIT_NEEDS = "Give --calibration-members and --calibration-nonmembers."
 
 
+def no_control(name: str, model: str) -> UserError:
+    """Why the target cannot be a control model of itself."""
+    return UserError(
+        f"the {name} is the target itself, so it shows nothing about what it was not trained on",
+        model,
+        "Give another model, or --no-negative-controls.",
+    )
+
+
 class TargetSettings(BaseModel):
     """What every audit takes.
 
@@ -184,12 +193,7 @@ class AuditSettings(TargetSettings):
                 continue
             folder = targets.find(model)
             if self.adapter is None and folder == targets.find(self.target):
-                raise UserError(
-                    f"the {name} is the target itself, so it shows nothing about what it was not "
-                    "trained on",
-                    model,
-                    "Give another model, or --no-negative-controls.",
-                )
+                raise no_control(name, model)
             if folder not in map(targets.find, models.values()):
                 models[name] = model
         return models

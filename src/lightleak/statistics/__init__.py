@@ -37,7 +37,7 @@ from lightleak.statistics.probing import (
     probing_test,
     published_probe,
 )
-from lightleak.statistics.residual import ResidualTest, residual_test
+from lightleak.statistics.residual import SMALLEST_P, ResidualTest, residual_test
 from lightleak.statistics.roc import (
     RocCurve,
     RocPoint,
@@ -55,6 +55,7 @@ from lightleak.statistics.set_size import SetSizeCurve, set_size_curve
 
 __all__ = [
     "FEWEST_GROUPS",
+    "SMALLEST_P",
     "BatchDynamics",
     "DatasetInference",
     "Discoveries",

@@ -17,6 +17,8 @@ from sklearn.preprocessing import StandardScaler
 
 from lightleak.statistics.arrays import Booleans, Floats, Integers, Labels, label_codes, score_array
 
+# Approximate p-values are not to be believed further out.
+SMALLEST_P = 1e-6
 # From here on two folds do.
 MANY_RECORDS = 5_000
 
@@ -104,8 +106,12 @@ def residual_test(
         name: _cross_fit(family, values, side, columns, parts)
         for name, family in _families(seed).items()
     }
-    statistics = {name: _statistic(values, side, fit, codes) for name, fit in fits.items()}
-    freedom = {name: _weight(values, side, fit, codes) - 1 for name, fit in fits.items()}
+    sums: dict[str, Floats] = {
+        name: np.bincount(codes, weights=(side - fit.side) * (values - fit.score)).astype(float)
+        for name, fit in fits.items()
+    }
+    statistics = {name: _statistic(each) for name, each in sums.items()}
+    freedom = {name: _weight(each) - 1 for name, each in sums.items()}
     p_values = {name: float(stats.t.sf(value, freedom[name])) for name, value in statistics.items()}
     return ResidualTest(
         p_value=max(p_values.values()),
@@ -194,18 +200,13 @@ def _cross_fit(
     return fit
 
 
-def _sums(scores: Floats, side: Booleans, fit: _Fit, codes: Integers) -> Floats:
-    return np.bincount(codes, weights=(side - fit.side) * (scores - fit.score)).astype(np.float64)
-
-
-def _weight(scores: Floats, side: Booleans, fit: _Fit, codes: Integers) -> float:
+def _weight(sums: Floats) -> float:
     """How many groups carry the variance, (Σr²)²/Σr⁴: few, where few suspects or scores do."""
-    squares = _sums(scores, side, fit, codes) ** 2
+    squares = sums**2
     return max(2.0, float(squares.sum() ** 2 / max((squares**2).sum(), 1e-300)))
 
 
-def _statistic(scores: Floats, side: Booleans, fit: _Fit, codes: Integers) -> float:
-    sums = _sums(scores, side, fit, codes)
+def _statistic(sums: Floats) -> float:
     deviation = sums.std(ddof=1)
     # Constant scores leave no residual, hence no evidence.
     return float(np.sqrt(sums.size) * sums.mean() / deviation) if deviation > 0 else -np.inf

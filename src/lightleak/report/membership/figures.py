@@ -17,7 +17,6 @@ from lightleak.validity import Verdict
 
 Floats = npt.NDArray[np.float64]
 
-SMALLEST_P = 1e-6
 LABELS = {
     "text": "Texts alone",
     "image": "Images alone",
@@ -195,7 +194,7 @@ def set_size(curve: pa.Table, alpha: float) -> Markup | None:
         curve[name].to_numpy() for name in ("sizes", "p_median", "p_low", "p_high")
     )
     # Far down, the normal approximation of the test is not to be believed.
-    median, low, high = (np.clip(values, SMALLEST_P, 1) for values in (median, low, high))
+    median, low, high = (np.clip(values, st.SMALLEST_P, 1) for values in (median, low, high))
     enough = sizes[median <= alpha]
     words = (
         f"half of all draws of {enough[0]:,} suspects reach p = {alpha:g}"
@@ -213,7 +212,7 @@ def set_size(curve: pa.Table, alpha: float) -> Markup | None:
         ticks = sorted({int(sizes[0]), int(sizes[len(sizes) // 2]), int(sizes[-1])})
         axes.set_xticks(ticks, [f"{each:,}" for each in ticks])
         axes.set_xticks([], minor=True)
-        axes.set_ylim(bottom=max(SMALLEST_P, 0.5 * min(low.min(), alpha)), top=1)
+        axes.set_ylim(bottom=max(st.SMALLEST_P, 0.5 * min(low.min(), alpha)), top=1)
         axes.set_xlabel("suspects (independent ones)")
         axes.set_ylabel("p, unadjusted")
         return sheet.drawing(f"p-value by the number of suspects: {words}.")
