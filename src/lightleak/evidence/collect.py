@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightleak.errors import UserError
 from lightleak.evidence.gradients import GradientEngine
-from lightleak.evidence.gradients.engine import UnevenRows
+from lightleak.evidence.gradients.rows import UnevenRows
 from lightleak.evidence.gradients.kernels import MaskedReference
 from lightleak.evidence.table import schema
 from lightleak.records import Failure, Record, open_rgb

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightleak.evidence.collect import BatchSize, Progress, encode, plan, run
-from lightleak.evidence.gradients.engine import by_record
+from lightleak.evidence.gradients.rows import by_record
 from lightleak.records import Failure, Record
 from lightleak.targets import Answers, Batch, GenerativeTarget
 

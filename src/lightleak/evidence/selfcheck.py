@@ -11,7 +11,7 @@ from torch import Tensor
 from lightleak.errors import UserError
 from lightleak.evidence.collect import BatchSize, plan
 from lightleak.evidence.gradients import GradientEngine
-from lightleak.evidence.gradients.engine import UnevenRows
+from lightleak.evidence.gradients.rows import UnevenRows
 from lightleak.records import Record, open_rgb
 from lightleak.targets import Batch, EncodedRecord, Target
 

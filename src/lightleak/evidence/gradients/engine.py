@@ -20,12 +20,9 @@ from lightleak.evidence.gradients.kernels import (
     of_gradients,
     read,
 )
+from lightleak.evidence.gradients.rows import UnevenRows, by_record
 from lightleak.evidence.gradients.select import Selection
 from lightleak.targets import Batch, Outputs, Target
-
-
-class UnevenRows(Exception):
-    """A captured layer's rows cannot be dealt out to the records of the batch."""
 
 
 @dataclass(frozen=True)
@@ -186,32 +183,3 @@ class GradientEngine:
 
     def _by_record(self, name: str, rows: Tensor, batch: Batch) -> Tensor:
         return by_record(name, rows, batch, self._rows).to(self.target.wide)
-
-
-def by_record(
-    name: str, rows: Tensor, batch: Batch, alone: dict[tuple[object, str], int]
-) -> Tensor:
-    """View a layer's rows as (records, rows a record, features).
-
-    Vision towers may pack records or cut them into tiles; the records of a batch have equal
-    shapes, so each owns an equal run of rows. A tower that drops some rows breaks that, which
-    shows against what a record of this shape took when it was alone.
-
-    Args:
-        name: of the layer.
-        rows: (…, features).
-        batch: whose they are.
-        alone: rows that a record takes, by batch shape and layer; learned from batches of one.
-
-    Raises:
-        UnevenRows: call again with one record at a time.
-    """
-    n, features = len(batch), rows.shape[-1]
-    total = rows.numel() // features
-    plain = rows.ndim == 3 and rows.shape[0] == n
-    key = (batch.key, name)
-    if n == 1:
-        alone[key] = total
-    elif not plain and alone.get(key, -1) * n != total:
-        raise UnevenRows
-    return rows.reshape(n, total // n, features)
