@@ -12,34 +12,29 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lightleak import records
-from lightleak.audits.measure import measure, needs_bank
+from lightleak.audits.measure import measure
+from lightleak.audits.passes import Pass
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import Sides, store_records
 from lightleak.errors import UserError
 from lightleak.records import Failure, Record
 from lightleak.runs import Progress, Run, write_json, write_table
-from lightleak.targets import Target
+from lightleak.runs.executors import Executor
 from lightleak.validity.blind import blind_baseline
 from lightleak.validity.blind_features import BlindFeatures, blind_features
 from lightleak.validity.duplicates import find_duplicates, read_embeddings
 from lightleak.validity.verdict import BLIND_PARTS
 
 
-def gather(
-    run: Run,
-    settings: AuditSettings,
-    target: Target,
-    sides: Sides,
-    progress: Progress,
-) -> Sides:
+def gather(run: Run, of: Pass, sides: Sides, progress: Progress, executor: Executor) -> Sides:
     """Compare the sets without the model, then take every record through it.
 
     Returns:
         The sides as they were examined: with groups, folds and bank.
     """
-    sides = examine(run, settings, sides, progress, bank=needs_bank(settings, target))
+    sides = examine(run, of.settings, sides, progress, bank=of.banked)
     store_records(run, sides)
-    measure(run.evidence, settings, target, sides, progress)
+    measure(of, sides, progress, executor)
     return sides
 
 

@@ -11,12 +11,14 @@ import numpy as np
 
 from lightleak import signals
 from lightleak.audits.measure import measure
-from lightleak.audits.settings import AuditSettings, no_control
+from lightleak.audits.models import Model, describe
+from lightleak.audits.passes import Pass
+from lightleak.audits.settings import no_control
 from lightleak.audits.sides import Sides, failures_table
 from lightleak.errors import UserError
 from lightleak.records import Failure
 from lightleak.runs import Progress, Run, write_json, write_table
-from lightleak.targets import Target
+from lightleak.runs.executors import Executor
 
 # Which control models a run was to ask: judging without one that is missing would hide it.
 PLANNED = "controls.json"
@@ -28,12 +30,21 @@ def plan_controls(run: Run, models: Mapping[str, str]) -> None:
 
 
 def gather_shuffled(
-    run: Run, settings: AuditSettings, target: Target, sides: Sides, progress: Progress, name: str
+    run: Run, of: Pass, sides: Sides, progress: Progress, executor: Executor, name: str
 ) -> None:
     """Take every image through the model with the text of another record of its side.
 
     Only for signals that are not fitted: a fit on wrong pairs is another signal.
+
+    Args:
+        run: the run.
+        of: the pass with the right texts.
+        sides: the records.
+        progress: shows how far it is.
+        executor: does the jobs.
+        name: what the control model is called; "" for the target.
     """
+    settings = of.settings.for_controls()
     if signals.get(settings.primary).fitted:
         return
     mixed = shuffled(sides, settings.seed)
@@ -45,8 +56,9 @@ def gather_shuffled(
     why = "no other record of its side has another text"
     failures = [Failure(key, "shuffle", why) for key in sorted(left_out)]
     write_table(folder / "failed-left-out.parquet", failures_table(failures))
-    of = "texts shuffled" if name == "" else f"the {name}, texts shuffled"
-    measure(folder, settings.for_controls(), target, mixed, progress, of=of)
+    what = "texts shuffled" if name == "" else f"the {name}, texts shuffled"
+    again = replace(of, folder=folder, settings=settings, of=what)
+    measure(again, mixed, progress, executor)
 
 
 def shuffled_folder(name: str) -> str:
@@ -56,31 +68,32 @@ def shuffled_folder(name: str) -> str:
 
 def gather_control_models(
     run: Run,
-    settings: AuditSettings,
+    target: Pass,
     models: Mapping[str, str],
     sides: Sides,
-    target_hashes: Mapping[str, str],
-    kind: str,
     progress: Progress,
+    executor: Executor,
 ) -> None:
     """Take every record through each model that cannot have seen the suspects.
 
     Raises:
         UserError: a control model cannot be loaded, is of another kind, or is the target.
     """
-    for name, model in models.items():
+    settings, own = target.settings.for_controls(), target.description
+    for name, where in models.items():
+        model = Model(settings, where)
         with progress.stage(f"Loading the {name}", 1) as advance:
-            other = settings.load(model)
-            advance(1)
-        if other.kind != kind:
-            raise UserError(f"it is a {other.kind} model, and the target a {kind} one", model)
-        if other.hashes == target_hashes:
-            raise no_control(name, model)
+            (other,) = executor.map(describe, [model], advance)
+        if other.kind != own.kind:
+            raise UserError(f"it is a {other.kind} model, and the target a {own.kind} one", where)
+        if other.hashes == own.hashes:
+            raise no_control(name, where)
         folder = run.evidence / name.replace(" ", "-")
         folder.mkdir(exist_ok=True)
-        measure(folder, settings.for_controls(), other, sides, progress, of=f"the {name}")
+        of = Pass(folder, settings, model, other, f"the {name}")
+        measure(of, sides, progress, executor)
         if name == "base":
-            gather_shuffled(run, settings, other, sides, progress, name)
+            gather_shuffled(run, of, sides, progress, executor, name)
 
 
 def shuffled(sides: Sides, seed: int) -> Sides:

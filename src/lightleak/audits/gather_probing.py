@@ -46,7 +46,8 @@ from lightleak.evidence.tokens import AnswerReader
 from lightleak.planting import Planted, draw_pools, inject, probing_sets
 from lightleak.records import Failure, Record, load
 from lightleak.runs import EvidenceStore, Progress, Run, write_json, write_table
-from lightleak.runs.jobs import each
+from lightleak.runs.executors import Executor
+from lightleak.runs.progress import Advance
 from lightleak.targets import GenerativeTarget, Target, untrained
 from lightleak.training import fine_tune
 from lightleak.validity.pixels import Marked, legibility, project
@@ -115,9 +116,23 @@ def gather(run: Run, settings: ProbingSettings, target: Target, progress: Progre
         for seed in seeds
         for condition in conditions(settings)
     ]
+    with settings.executor_of() as executor:
+        _perform_all(run, settings, jobs, progress, executor)
+    write_json(run.evidence / "probing.json", _about(settings, target, jobs))
+
+
+def _perform_all(
+    run: Run,
+    settings: ProbingSettings,
+    jobs: Sequence[Job],
+    progress: Progress,
+    executor: Executor,
+) -> None:
+    """Mark the images of every repeat, write down what is asked, and do every job."""
     if settings.data is not None:
-        with progress.stage("Marking images", len(seeds)) as advance:
-            each([job for job in jobs if job.condition == BASE], mark, settings.workers, advance)
+        marking = [job for job in jobs if job.condition == BASE]
+        with progress.stage("Marking images", len(marking)) as advance:
+            executor.map(mark, marking, advance)
     for job in jobs:
         questions = run.evidence / f"questions-{job.seed}.parquet"
         if not questions.is_file():
@@ -129,8 +144,7 @@ def gather(run: Run, settings: ProbingSettings, target: Target, progress: Progre
             )
             write_table(questions, _questions_table(asked))
     with progress.stage("Fine-tuning and reading models", len(jobs)) as advance:
-        each(jobs, perform, settings.workers, advance)
-    write_json(run.evidence / "probing.json", _about(settings, target, jobs))
+        executor.map(perform, jobs, advance)
 
 
 def _about(settings: ProbingSettings, target: GenerativeTarget, jobs: Sequence[Job]) -> Any:
@@ -154,7 +168,7 @@ def _first_records(settings: ProbingSettings) -> Sequence[Record]:
     return [one.record for one in read_questions(given_pools(settings), settings, 0)[0]]
 
 
-def mark(job: Job) -> None:
+def mark(job: Job, advance: Advance) -> None:
     """Write the marked copies of a repeat: what is trained on at each rate, what is probed."""
     settings, data = job.settings, _split(job.settings)
     pools = draw_pools(settings.personas, seed=_seed(job))
@@ -172,6 +186,7 @@ def mark(job: Job) -> None:
     if settings.planted:
         records, whose = decided(data.training, pools.seen, [_seed(job), _PLANTED])
         _inject(job, records, whose, 1.0, job.marked / "planted")
+    advance(1)
 
 
 def _inject(job: Job, records: Sequence[Record], personas: Any, rate: float, out: Path) -> Planted:
@@ -220,12 +235,17 @@ def _questions_table(asked: Sequence[Question]) -> pa.Table:
     )
 
 
-def perform(job: Job) -> None:
+def perform(job: Job, advance: Advance) -> None:
     """Everything that is known of one condition: states, answers, utility, gradients."""
     questions, _ = _asked(job)
     if job.condition == PIXELS:
         _read_pixels(job, questions)
-        return
+    else:
+        _read_model(job, questions)
+    advance(1)
+
+
+def _read_model(job: Job, questions: Sequence[Question]) -> None:
     target = _LazyTarget(job)
     _read_states(job, target, questions)
     if job.condition != RANDOM:
@@ -384,8 +404,8 @@ def _read_dynamics(job: Job, target: _LazyTarget) -> None:
     def engine() -> GradientEngine:
         model = target.model()
         every = GradientEngine(model, select(model, settings.matrices))
-        unreached = self_check(model, every, marked, settings.size)
-        return GradientEngine(model, every.selection.without(unreached))
+        checked = self_check(model, every, marked, settings.size)
+        return GradientEngine(model, every.selection.without(checked.unreached))
 
     def make(part: Sequence[Draw]) -> tuple[dict[str, pa.Table], Sequence[Failure]]:
         found = [

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lightleak import signals
 from lightleak import statistics as st
@@ -16,7 +15,7 @@ from lightleak.audits.settings import AuditSettings
 from lightleak.audits.stored import Compared, Measured, compared, load, score
 from lightleak.errors import UserError
 from lightleak.evidence.readings import Floats
-from lightleak.runs import Progress, Run, Silent, read_json, write_json, write_table
+from lightleak.runs import Progress, Run, Silent, read_json, read_table, write_json, write_table
 from lightleak.validity.verdict import (
     BLIND_PARTS,
     BlindFinding,
@@ -84,7 +83,7 @@ def _intact(run: Run) -> bool:
     needed = {run.manifest_file: "settings", run.evidence / "duplicates.json": "across"}
     try:
         for file in run.evidence.rglob("*.parquet"):
-            pq.read_table(file)
+            read_table(file)
         read_json(run.evidence / "blind.json")
         return all(key in read_json(file) for file, key in needed.items())
     except (pa.ArrowInvalid, OSError, UserError):
@@ -326,9 +325,9 @@ def _curve(settings: AuditSettings, measured: Measured, scores: Floats) -> pa.Ta
 
 
 def _coverage(run: Run, data: Compared) -> Coverage:
-    unusable = pq.read_table(run.evidence / "unusable.parquet")["id"].to_pylist()
-    stored = pq.read_table(run.evidence / "records.parquet", columns=["set"])["set"].to_pylist()
-    bank = pq.read_table(run.evidence / "bank.parquet")["id"].to_pylist()
+    unusable = read_table(run.evidence / "unusable.parquet")["id"].to_pylist()
+    stored = read_table(run.evidence / "records.parquet", columns=["set"])["set"].to_pylist()
+    bank = read_table(run.evidence / "bank.parquet")["id"].to_pylist()
 
     def of_side(side: str, is_suspect: bool) -> SideCoverage:
         attempted = stored.count(side) + sum(key.startswith(f"{side}/") for key in unusable)
@@ -451,7 +450,7 @@ def _failures(
 ) -> pa.Table:
     """Every record that failed anywhere, once a stage: set, id, stage, error."""
     files = [run.evidence / "unusable.parquet", *sorted(run.evidence.glob("failed-*.parquet"))]
-    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in files for row in read_table(file).to_pylist()]
     for name in settings.signals:
         signal = signals.get(name)
         shown = measured.audited if signal.fitted else np.ones(len(scores[name]), bool)

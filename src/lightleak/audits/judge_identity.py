@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -24,6 +23,7 @@ from lightleak.runs import (
     Run,
     Silent,
     read_json,
+    read_table,
     write_json,
     write_table,
 )
@@ -186,7 +186,7 @@ def judge_identity(run: Run, progress: Progress | None = None) -> IdentityVerdic
         write_table(run.predictions_file, _predictions(run, fitted))
         write_table(run.decoys_file, _decoys(fitted))
         write_table(run.curve_file, _curve(fitted, settings))
-        unusable = pq.read_table(run.evidence / "unusable.parquet")
+        unusable = read_table(run.evidence / "unusable.parquet")
         write_table(run.failures_file, unusable)
         verdict = _verdict(run, settings, fitted, table)
         write_json(run.verdict_file, verdict.model_dump(mode="json"))
@@ -211,9 +211,9 @@ def load(folder: Path) -> Fitted:
 
 
 def _load(folder: Path) -> Fitted:
-    names = pq.read_table(folder / "names.parquet")
-    people = pq.read_table(folder / "people.parquet").to_pydict()
-    photos = pq.read_table(folder / "photos.parquet").to_pydict()
+    names = read_table(folder / "names.parquet")
+    people = read_table(folder / "people.parquet").to_pydict()
+    photos = read_table(folder / "photos.parquet").to_pydict()
     asked = read_json(folder / "asked.json")
     n_templates, parts = len(asked["templates"]), asked["parts"]
     n_people, n_photos = len(people["person"]), len(photos["photo"])
@@ -271,7 +271,7 @@ def _load(folder: Path) -> Fitted:
 def _parts(folder: Path, stage: str, parts: dict[str, list[int]]) -> Iterator[pa.Table]:
     store = EvidenceStore(folder)
     for index in parts.get(stage, []):
-        yield pq.read_table(store.file(stage, index))
+        yield read_table(store.file(stage, index))
 
 
 def _best(
@@ -487,7 +487,7 @@ def _verdict(
         decoys=decoys,
         cutoffs=cutoffs,
     )
-    unusable = pq.read_table(run.evidence / "unusable.parquet").to_pylist()
+    unusable = read_table(run.evidence / "unusable.parquet").to_pylist()
     return IdentityVerdict(
         verdict=verdict,
         tier=tier,
@@ -506,7 +506,7 @@ def _verdict(
         controls=negative,
         decoys=decoys,
         coverage=PeopleCoverage(
-            people=len(pq.read_table(run.evidence / "people.parquet"))
+            people=len(read_table(run.evidence / "people.parquet"))
             + sum(row["stage"] == "person" for row in unusable),
             people_tested=len(fitted.people),
             photos=asked["photos given"],

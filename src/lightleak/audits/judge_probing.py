@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lightleak import statistics as st
 from lightleak.audits.probing_inputs import Condition
@@ -19,7 +18,7 @@ from lightleak.audits.probing_views import (
     write_utility,
 )
 from lightleak.audits.stored_probe import IMAGE, Cell, StoredProbe
-from lightleak.runs import Progress, Run, Silent, read_json, write_json, write_table
+from lightleak.runs import Progress, Run, Silent, read_json, read_table, write_json, write_table
 from lightleak.statistics import Estimate
 from lightleak.statistics.probing import Probed, ProbingTest
 from lightleak.validity.probing import (
@@ -270,7 +269,7 @@ def _finding(
 
 def _failures(run: Run) -> pa.Table:
     files = sorted(run.evidence.glob("failed-*.parquet"))
-    table = pa.concat_tables([pq.read_table(file) for file in files])
+    table = pa.concat_tables([read_table(file) for file in files])
     return table.group_by(table.column_names).aggregate([])
 
 

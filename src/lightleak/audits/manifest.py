@@ -11,6 +11,7 @@ from importlib import metadata
 
 import torch
 
+from lightleak.audits.models import Description
 from lightleak.audits.settings import TargetSettings
 from lightleak.errors import UserError
 from lightleak.runs import Run, write_json
@@ -24,7 +25,7 @@ def recorded(
     kind: str,
     settings: TargetSettings,
     fixed: Collection[str],
-    target: Target,
+    target: Target | Description,
     hashes: Mapping[str, str],
     command: str,
     credit: str | None,

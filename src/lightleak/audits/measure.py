@@ -1,269 +1,187 @@
-"""One pass of one model over the records of a run, into a folder of evidence.
+"""One pass of one model over the records of a run, into a folder of evidence: the driver's side.
 
-The target makes one; so does each control model, and either with texts shuffled.
+Every step is a list of jobs (`runs.executors`); what a job needs and does is in `passes`,
+`references` and `calibration`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import safetensors.torch
-import torch
-
-from lightleak.audits.calibration import Calibration, References
-from lightleak.audits.settings import AuditSettings
+from lightleak.audits.calibration import score_kept, take
+from lightleak.audits.passes import Check, Pass, Plan, check, open_pass
+from lightleak.audits.references import build_references
 from lightleak.audits.sides import Sides, failures_table
-from lightleak.errors import UserError
 from lightleak.evidence import collect
-from lightleak.evidence.gradients import GradientEngine, Selection, select
-from lightleak.evidence.pairs import PairReader
-from lightleak.evidence.readings import (
-    NEEDS_BANK,
-    AugmentedCosines,
-    DropoutCosines,
-    GradientNorms,
-    GradientSlices,
-)
-from lightleak.evidence.selfcheck import self_check
-from lightleak.evidence.tokens import AnswerReader
+from lightleak.evidence.readings import GradientSlices
 from lightleak.records import Record
-from lightleak.runs import EvidenceStore, Progress, read_json, replacing, write_json, write_table
-from lightleak.signals import cross
-from lightleak.targets import DualEncoderTarget, Target
+from lightleak.runs import EvidenceStore, Progress, write_json, write_table
+from lightleak.runs.executors import Executor
+from lightleak.runs.folder import whole
+from lightleak.runs.progress import Advance
+from lightleak.signals import Fit, cross
 
-_SHARD_RECORDS = 128
-_SHARD_BYTES = 256e6
+# So many records are looked through for a few that the model takes.
+_SAMPLE = 64
 
 
-def claim(
-    folder: Path, settings: AuditSettings, target: Target, sides: Sides
-) -> tuple[EvidenceStore, Selection | None]:
+def claim(of: Pass, sides: Sides) -> EvidenceStore:
     """The folder's evidence store, refused if it holds evidence of something else."""
-    selection = None
-    if settings.needs() & {GradientNorms, GradientSlices}:
-        selection = select(target, settings.options_of("gradaudit").get("matrices", "auto"))
-    decides = _decides(settings, target, sides, selection)
-    return EvidenceStore.claim(folder, decides), selection
+    return EvidenceStore.claim(of.folder, _decides(of, sides))
 
 
-def measure(
-    folder: Path,
-    settings: AuditSettings,
-    target: Target,
-    sides: Sides,
-    progress: Progress,
-    *,
-    of: str = "",
-) -> None:
+def measure(of: Pass, sides: Sides, progress: Progress, executor: Executor) -> None:
     """Take every record through the model, and store what the signals need.
 
     Args:
-        folder: where the evidence goes; made if it is not there.
-        settings: which signals, and how they are fitted.
-        target: the model.
+        of: the pass; its folder is there.
         sides: the records, with their folds.
         progress: shows how far it is.
-        of: what is measured, in words, where it is not the target.
+        executor: does the jobs.
     """
-    store, selection = claim(folder, settings, target, sides)
-    size = settings.size
-    if isinstance(target, DualEncoderTarget) and sides.bank:
-        target.bank = collect.embed_bank(target, sides.bank, size)
-    engine = None if selection is None else GradientEngine(target, selection)
-    with progress.stage(f"Checking the model{of and ', '}{of}", 1) as advance:
-        unreached = self_check(target, engine, sides.records, size)
-        advance(1)
-    references = None
-    if selection is not None:
-        engine = GradientEngine(target, selection.without(unreached))
-        if not engine.selection.shapes:
-            raise UserError("no gradient reaches any selected matrix", "gradaudit.matrices")
-        if GradientSlices in settings.needs():
-            references = build_references(folder, settings, target, engine, sides, size, progress)
-        _describe_gradients(folder, engine.selection, unreached, references)
-    _measure_all(store, settings, target, engine, references, sides, size, progress, of)
-
-
-def needs_bank(settings: AuditSettings, target: Target) -> bool:
-    """Whether a signal compares each pair with a bank of negatives."""
-    return isinstance(target, DualEncoderTarget) and bool(settings.needs() & NEEDS_BANK)
-
-
-def _reader(settings: AuditSettings, target: Target) -> collect.Reader:
-    """What is kept of the target's outputs, beyond its gradients."""
-    if isinstance(target, DualEncoderTarget):
-        needs = settings.needs()
-        return PairReader(target, AugmentedCosines in needs, DropoutCosines in needs)
-    return AnswerReader()
-
-
-def build_references(
-    folder: Path,
-    settings: AuditSettings,
-    target: Target,
-    engine: GradientEngine,
-    sides: Sides,
-    size: collect.BatchSize,
-    progress: Progress,
-) -> References:
-    """Reference gradients: for fold k the mean over the suspects of the other folds."""
-    file = folder / "reference.safetensors"
-    described = folder / "reference.json"
-    if not described.is_file():
-        parts = (
-            [sides.side == "member"]
-            if settings.protocol == "split"
-            else [(sides.side == "suspect") & (sides.folds == k) for k in range(settings.folds)]
+    claim(of, sides)
+    what = of.of and f", {of.of}"
+    plan = Plan.stored(of.folder)
+    if plan is None:
+        first = Check(of, sides.records[:_SAMPLE], sides.bank, len(sides.records), executor.share)
+        with progress.stage(f"Checking the model{what}", 1) as advance:
+            (plan,) = executor.map(check, [first], advance)
+    if plan.one_by_one:
+        progress.note(
+            f"Records go one at a time: {len(plan.one_by_one)} of the matrices can be read in no "
+            f"other way, {plan.one_by_one[0]} first."
         )
-        sums: list[dict[str, torch.Tensor]] = []
-        added: list[tuple[str, ...]] = []
-        with progress.stage("Reference gradient", int(sum(p.sum() for p in parts))) as advance:
-            for part in parts:
-                chosen = [r for r, inside in zip(sides.records, part, strict=True) if inside]
-                total, ids = collect.sum_gradients(
-                    target, engine, chosen, size=size, progress=advance
-                )
-                if not ids:
-                    raise UserError("no gradient could be computed for any record of a reference")
-                sums.append(total)
-                added.append(ids)
-        # Crossed fits: reference k is made of every part but the k-th.
-        made_of = (
-            [[0]]
-            if settings.protocol == "split"
-            else [[j for j in range(len(parts)) if j != k] for k in range(len(parts))]
-        )
-        members = [sorted(key for j in made for key in added[j]) for made in made_of]
-        gradients = {
-            name: torch.stack(
-                [
-                    torch.stack([sums[j][name] for j in made]).sum(0) / len(members[k])
-                    for k, made in enumerate(made_of)
-                ]
-            ).cpu()
-            for name in engine.selection.shapes
-        }
-        with replacing(file) as stream:
-            stream.write(safetensors.torch.save(gradients))
-        write_json(described, {"members": members})
-    return References(
-        safetensors.torch.load_file(file, device=str(target.device)),
-        read_json(described)["members"],
+    inside: list[set[str]] = []
+    if of.slices:
+        inside = build_references(of, plan, sides, progress, executor)
+    if of.matrices is not None:
+        _describe_gradients(of, plan, [len(each) for each in inside])
+    fits = None
+    if inside and not plan.keep:
+        fits = cross(of.settings.protocol, of.settings.folds, sides.side, sides.folds)
+    with progress.stage(f"Measuring{what}", len(sides.records)) as advance:
+        waiting = [
+            each
+            for each in _shards(of, plan, sides.records, inside, fits)
+            if not (whole(each.failures) and EvidenceStore(of.folder).has("part", each.index))
+        ]
+        advance(len(sides.records) - sum(len(each.records) for each in waiting))
+        executor.map(measure_shard, waiting, advance)
+    if fits is not None:
+        score_kept(of, plan, sides.records, fits, progress, executor)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some records that are measured and written together.
+
+    Attributes:
+        of, plan: the pass.
+        index: of its part.
+        records: the shard.
+        inside: record id → whether its gradient is part of each reference.
+        fits: what each fold does with these records, where slices are not stored.
+    """
+
+    of: Pass
+    plan: Plan
+    index: int
+    records: tuple[Record, ...]
+    inside: dict[str, list[bool]]
+    fits: tuple[Fit, ...] | None
+
+    @property
+    def failures(self) -> Any:
+        """Where the shard's failures go."""
+        return self.of.folder / f"failed-{self.index:05d}.parquet"
+
+
+def measure_shard(shard: Shard, advance: Advance) -> None:
+    """Take a shard through the model, and write its part."""
+    of, plan = shard.of, shard.plan
+    opened = open_pass(of, plan, compared=of.slices)
+    measured = collect.measure(
+        opened.target,
+        opened.engine,
+        opened.reader,
+        shard.records,
+        references=None if opened.references is None else opened.references.gradients,
+        in_reference=shard.inside if of.slices else None,
+        keep_slices=of.slices,
+        size=plan.size,
+        progress=advance,
     )
+    table = measured.table
+    if shard.fits is not None and opened.references is not None:
+        place = {record.id: i for i, record in enumerate(shard.records)}
+        rows = [place[key] for key in table["id"].to_pylist()]
+        fits = [fit.rows(rows) for fit in shard.fits]
+        table = take(of, plan, opened.references, table, fits, shard.index)
+    # Failures first: a part that is there tells that its failures are, too.
+    write_table(shard.failures, failures_table(measured.failures))
+    EvidenceStore(of.folder).put("part", shard.index, table)
 
 
-def _describe_gradients(
-    folder: Path, selection: Selection, unreached: set[str], references: References | None
-) -> None:
+def _shards(
+    of: Pass,
+    plan: Plan,
+    records: Sequence[Record],
+    inside: Sequence[set[str]],
+    fits: Sequence[Fit] | None,
+) -> Iterator[Shard]:
+    for index, start in enumerate(range(0, len(records), plan.shard)):
+        rows = range(start, min(start + plan.shard, len(records)))
+        chosen = tuple(records[i] for i in rows)
+        yield Shard(
+            of,
+            plan,
+            index,
+            chosen,
+            {record.id: [record.id in each for each in inside] for record in chosen},
+            None if fits is None else tuple(fit.rows(rows) for fit in fits),
+        )
+
+
+def _describe_gradients(of: Pass, plan: Plan, reference_sizes: list[int]) -> None:
     """What the gradient columns of the evidence mean."""
     content: dict[str, Any] = {
-        "strategy": selection.strategy,
-        "matrices": {name: list(shape) for name, shape in selection.shapes.items()},
-        "read_one_record_at_a_time": list(selection.dense),
-        "without_gradient": sorted(unreached),
+        "strategy": of.matrices,
+        "matrices": {name: list(shape) for name, shape in plan.shapes.items()},
+        "read_one_record_at_a_time": list(plan.one_by_one),
+        "without_gradient": list(plan.unreached),
     }
-    if references is not None:
-        content["reference_sizes"] = references.sizes
-        norms = pa.table({"norms2": list(references.norms2(list(selection.shapes)))})
-        write_table(folder / "reference-norms.parquet", norms)
-    write_json(folder / "gradients.json", content)
+    if reference_sizes:
+        content["reference_sizes"] = reference_sizes
+    write_json(of.folder / "gradients.json", content)
 
 
-def _measure_all(
-    store: EvidenceStore,
-    settings: AuditSettings,
-    target: Target,
-    engine: GradientEngine | None,
-    references: References | None,
-    sides: Sides,
-    size: collect.BatchSize,
-    progress: Progress,
-    of: str,
-) -> None:
-    width = _slice_bytes(engine, references, target)
-    keep = width * len(sides.records) <= settings.evidence_limit * 1e9
-    calibration = None
-    if references is not None and engine is not None and not keep:
-        crossed = cross(settings.protocol, settings.folds, sides.side, sides.folds)
-        calibration = Calibration(
-            store.folder, settings, engine, references, sides.records, crossed
-        )
-    reader = _reader(settings, target)
-    shards = _shards(len(sides.records), width)
-    with progress.stage(f"Measuring{of and ', '}{of}", len(sides.records)) as advance:
-        for index, (start, stop) in enumerate(shards):
-            chosen = sides.records[start:stop]
-            if store.has("part", index):
-                advance(stop - start)
-                continue
-
-            def make(chosen: Sequence[Record] = chosen, index: int = index) -> pa.Table:
-                measured = collect.measure(
-                    target,
-                    engine,
-                    reader,
-                    chosen,
-                    references=None if references is None else references.gradients,
-                    in_reference=None
-                    if references is None
-                    else references.inside(record.id for record in chosen),
-                    keep_slices=references is not None,
-                    size=size,
-                    progress=advance,
-                )
-                # Failures first: a part that is there tells that its failures are, too.
-                write_table(
-                    store.folder / f"failed-{index:05d}.parquet", failures_table(measured.failures)
-                )
-                if calibration is None:
-                    return measured.table
-                return calibration.take(index, measured.table)
-
-            store.part("part", index, make)
-    if calibration is not None:
-        calibration.score(target, size, progress)
-
-
-def _slice_bytes(
-    engine: GradientEngine | None, references: References | None, target: Target
-) -> int:
-    """Bytes that one record's slices take."""
-    if engine is None or references is None:
-        return 0
-    slices = sum(sum(shape) for shape in engine.selection.shapes.values())
-    return slices * (8 if target.dtype == torch.float64 else 4) * (1 + len(references.sizes))
-
-
-def _shards(n: int, bytes_a_record: int) -> list[tuple[int, int]]:
-    """Bounds of parts that stay small on disk and in memory; fixed by the run alone."""
-    step = int(np.clip(_SHARD_BYTES // max(1, bytes_a_record), 4, _SHARD_RECORDS))
-    return [(start, min(start + step, n)) for start in range(0, n, step)]
-
-
-def _decides(
-    settings: AuditSettings, target: Target, sides: Sides, selection: Selection | None
-) -> dict[str, Any]:
-    """Everything that the evidence depends on."""
-    crossed = settings.protocol == "crossfit" and selection is not None
+def _decides(of: Pass, sides: Sides) -> dict[str, Any]:
+    """Everything that the evidence depends on, save the plan, which is kept beside it."""
+    settings, model = of.settings, of.description
+    crossed = settings.protocol == "crossfit" and of.matrices is not None
     needs = settings.needs()
-    bank = {"bank": [settings.bank_size, settings.seed]} if needs_bank(settings, target) else {}
+    bank = {"bank": [settings.bank_size, settings.seed]} if of.banked else {}
     return {
-        "evidence version": 1,
-        **{f"target {key}": value for key, value in sorted(target.hashes.items())},
+        "evidence version": 2,
+        **{f"version of {name}": metadata.version(name) for name in _CODE},
+        **{f"target {key}": value for key, value in sorted(model.hashes.items())},
         **{f"{key} records": value for key, value in sorted(sides.hashes.items())},
-        "dtype": str(target.dtype),
-        "device kind": target.device.type,
+        "dtype": model.dtype,
+        "device kind": model.device.partition(":")[0],
+        "attention": model.attention,
         "batch size": settings.batch_size,
         "protocol": settings.protocol,
         "signals' needs": sorted(each.__name__ for each in needs),
-        "gradaudit.matrices": None if selection is None else selection.strategy,
+        "gradaudit.matrices": of.matrices,
         "folds": [settings.folds, settings.seed] if crossed else None,
         "dropped duplicates": settings.drop_duplicates,
         "embeddings": settings.embeddings,
         "evidence limit": settings.evidence_limit if GradientSlices in needs else None,
         **bank,
     }
+
+
+_CODE = ("lightleak", "torch", "transformers")

@@ -17,11 +17,12 @@ from lightleak.audits.gather_controls import (
 from lightleak.audits.judge import judge
 from lightleak.audits.manifest import recorded
 from lightleak.audits.measure import claim
+from lightleak.audits.models import Model, describe, release
+from lightleak.audits.passes import Pass
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import read_sides
 from lightleak.errors import UserError
 from lightleak.runs import Progress, Run, Silent
-from lightleak.targets import DualEncoderTarget
 from lightleak.validity import Verdict
 
 # What may not change once the run has been looked at; paths and devices may.
@@ -74,35 +75,36 @@ def audit(
     others = chosen.control_models()  # What is not there is better missed now than after hours.
     run = Run.create(out)
     sides = read_sides(chosen, progress)
-    with progress.stage("Loading the model", 1) as advance:
-        model = chosen.load()
-        advance(1)
-    chosen = chosen.of_kind(model.kind)
-    if sides.bank and not isinstance(model, DualEncoderTarget):
-        raise UserError("only a dual encoder takes a bank of negatives", "--bank")
-    claim(run.evidence, chosen, model, sides)
-    with recorded(
-        run,
-        kind="membership",
-        settings=chosen,
-        fixed=_REGISTERED,
-        target=model,
-        hashes={
-            **{f"{side} records": value for side, value in sides.hashes.items()},
-            **_hash("documentation", chosen.documentation),
-            **_hash("embeddings", chosen.embeddings),
-        },
-        command=command or "lightleak.audit(…)",
-        credit=credit,
-    ):
-        plan_controls(run, others)
-        sides = gather(run, chosen, model, sides, progress)
-        if chosen.negative_controls:
-            gather_shuffled(run, chosen, model, sides, progress, "")
-        hashes, kind = model.hashes, model.kind
-        del model  # One model at a time in memory.
-        gather_control_models(run, chosen, others, sides, hashes, kind, progress)
-        return judge(run, progress)
+    with chosen.executor_of() as executor:
+        model = Model(chosen)
+        with progress.stage("Loading the model", 1) as advance:
+            (description,) = executor.map(describe, [model], advance)
+        chosen = chosen.of_kind(description.kind)
+        if sides.bank and description.kind != "dual-encoder":
+            raise UserError("only a dual encoder takes a bank of negatives", "--bank")
+        of = Pass(run.evidence, chosen, Model(chosen), description)
+        claim(of, sides)
+        with recorded(
+            run,
+            kind="membership",
+            settings=chosen,
+            fixed=_REGISTERED,
+            target=description,
+            hashes={
+                **{f"{side} records": value for side, value in sides.hashes.items()},
+                **_hash("documentation", chosen.documentation),
+                **_hash("embeddings", chosen.embeddings),
+            },
+            command=command or "lightleak.audit(…)",
+            credit=credit,
+        ):
+            plan_controls(run, others)
+            sides = gather(run, of, sides, progress, executor)
+            if chosen.negative_controls:
+                gather_shuffled(run, of, sides, progress, executor, "")
+            gather_control_models(run, of, others, sides, progress, executor)
+            release()
+            return judge(run, progress)
 
 
 def _hash(option: str, file: str | None) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lightleak.targets import Target
 from lightleak.validity import ProbingVerdict
 
 # How fast it runs is no part of what is asked.
-_FREE = {"device", "batch_size", "workers"}
+_FREE = {"device", "batch_size", "workers", "executor", "ray_address"}
 
 
 def probe(
@@ -89,15 +88,13 @@ def probe(
 def _settled(settings: ProbingSettings, model: Target) -> ProbingSettings:
     """The same with nothing left open.
 
-    Processes: one a core, but one alone with an accelerator. Design: of a whole experiment lots
-    decide who is seen. Base: an adapter's is the target below it.
+    Design: of a whole experiment lots decide who is seen. Base: an adapter's is the target below
+    it.
 
     Raises:
         UserError: the base is the target itself.
     """
     chosen: dict[str, Any] = {}
-    if settings.workers is None:
-        chosen["workers"] = 1 if model.device.type != "cpu" else os.cpu_count() or 1
     if settings.data is not None:
         chosen["design"] = "randomised"
     elif settings.base is not None and settings.load(settings.base).hashes == model.hashes:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from lightleak import signals
 from lightleak import statistics as st
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.stored import Compared, Measured
 from lightleak.evidence.readings import Floats
-from lightleak.runs import Run
+from lightleak.runs import Run, read_table
 
 
 def crosses_folds(settings: AuditSettings, name: str) -> bool:
@@ -146,7 +145,7 @@ def blind_features(run: Run, measured: Measured) -> Floats | None:
 
     Rows of records that are not audited hold zeros, which no test reads.
     """
-    stored = pq.read_table(run.evidence / "blind.parquet")
+    stored = read_table(run.evidence / "blind.parquet")
     values = np.array(stored["features"].to_pylist(), dtype=np.float64).reshape(stored.num_rows, -1)
     if not values.shape[1]:
         return None

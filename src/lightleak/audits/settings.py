@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ from lightleak import signals, targets
 from lightleak.errors import UserError
 from lightleak.evidence.collect import BatchSize
 from lightleak.planting import FIELDS, Position, Style
+from lightleak.runs.executors import Executor, executor
 from lightleak.targets import Target
 from lightleak.training import FineTuning
 from lightleak.validity import Cutoffs, Design, IdentityCutoffs, ProbingCutoffs
@@ -102,7 +104,29 @@ class TargetSettings(BaseModel):
         return BatchSize() if self.batch_size is None else BatchSize(self.batch_size, 1 << 62)
 
 
-class AuditSettings(TargetSettings):
+class SharedSettings(TargetSettings):
+    """What every audit takes whose work can be shared among processes.
+
+    Attributes:
+        workers: processes at once; None takes one for each accelerator or core. More than one
+            needs a program whose main part stands under `if __name__ == "__main__":`.
+        executor: `local` for processes of this machine, `ray` for actors of Ray Core.
+        ray_address: of a Ray cluster to join; None takes `RAY_ADDRESS`, or starts one here.
+    """
+
+    workers: int | None = Field(1, ge=1)
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+
+    def executor_of(self) -> AbstractContextManager[Executor]:
+        """What does the jobs of the run."""
+        spread = self.device in {"auto", "cuda"}
+        alone = not spread and self.device != "cpu"  # One device is named.
+        workers = 1 if alone and self.workers is None else self.workers
+        return executor(self.executor, workers, address=self.ray_address, spread=spread)
+
+
+class AuditSettings(SharedSettings):
     """All that a membership audit takes.
 
     Attributes:
@@ -240,7 +264,7 @@ class IdentitySettings(TargetSettings):
     cutoffs: IdentityCutoffs = IdentityCutoffs()
 
 
-class ProbingSettings(TargetSettings):
+class ProbingSettings(SharedSettings):
     """All that a probe takes.
 
     Attributes:
@@ -262,8 +286,6 @@ class ProbingSettings(TargetSettings):
         method, vision, epochs, train_batch, learning_rate, weight_decay, warmup, rank: of the
             fine-tuning; see `training.FineTuning`.
         position, alpha, plate: of the watermark; see `planting.Style`.
-        workers: processes at once; None takes one a core, and one with an accelerator. More than
-            one needs a program whose main part stands under `if __name__ == "__main__":`.
         design: of a probe of somebody else's model: `randomised` where lots decided who was seen.
     """
 
@@ -291,7 +313,6 @@ class ProbingSettings(TargetSettings):
     position: Position = "random"
     alpha: int = Field(128, ge=0, le=255)
     plate: int = Field(0, ge=0, le=255)
-    workers: int | None = Field(1, ge=1)
     design: Literal["randomised", "observational"] = "observational"
     cutoffs: ProbingCutoffs = ProbingCutoffs()
 

@@ -36,7 +36,7 @@ from lightleak.evidence.table import (
     pair_embeddings,
     token_statistics,
 )
-from lightleak.runs import Run, read_json
+from lightleak.runs import Run, read_json, read_table
 from lightleak.signals import cross
 
 _SLICES = (*SLICE_COLUMNS, "in_reference")
@@ -78,18 +78,18 @@ def load(run: Run, folder: Path | None = None) -> Measured:
         UserError: the evidence is not complete.
     """
     folder = folder or run.evidence
-    about = pq.read_table(run.evidence / "records.parquet").to_pydict()
+    about = read_table(run.evidence / "records.parquet").to_pydict()
     failed = {
         key
         for file in folder.glob("failed-*.parquet")
-        for key in pq.read_table(file)["id"].to_pylist()
+        for key in read_table(file)["id"].to_pylist()
     }
     place = {key: i for i, key in enumerate(about["id"])}
     files = sorted(folder.glob("part-*.parquet"))
     if not files:
         raise UserError("it holds no evidence yet", str(run.folder), "Run the same audit again.")
     columns = [n for n in pq.read_schema(files[0]).names if n not in _SLICES]
-    table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+    table = pa.concat_tables([read_table(file, columns=columns) for file in files])
     ids = table["id"].to_pylist()
     missing = set(place) - set(ids) - failed
     if missing:
@@ -102,7 +102,7 @@ def load(run: Run, folder: Path | None = None) -> Measured:
 
     def slice_parts() -> Iterator[pa.Table]:
         for file in files:
-            yield pq.read_table(file, columns=list(_SLICES))
+            yield read_table(file, columns=list(_SLICES))
 
     return Measured(
         folder,
@@ -120,7 +120,7 @@ def score(settings: AuditSettings, measured: Measured, name: str) -> Floats:
     stored = sorted(measured.folder.glob(f"scored-{name}-*.parquet"))
     if stored:
         # The evidence was too large to keep: it was reduced to scores on the way.
-        table = pa.concat_tables([pq.read_table(file) for file in stored]).to_pydict()
+        table = pa.concat_tables([read_table(file) for file in stored]).to_pydict()
         by_id = dict(zip(table["id"], table["score"], strict=True))
         return np.array([by_id.get(key, np.nan) for key in measured.ids], dtype=np.float64)
     signal = signals.get(name)
@@ -145,7 +145,7 @@ def _evidence(measured: Measured, needs: type) -> Any:
     if needs is GradientNorms:
         return gradient_norms(measured.table, list(matrices))
     if needs is GradientSlices:
-        norms2 = pq.read_table(measured.folder / "reference-norms.parquet")["norms2"].to_pylist()
+        norms2 = read_table(measured.folder / "reference-norms.parquet")["norms2"].to_pylist()
         return gradient_slices(
             measured.slice_parts,
             len(measured.ids),

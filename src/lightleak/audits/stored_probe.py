@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lightleak import statistics as st
 from lightleak.audits.probing_inputs import PIXELS, Condition, seed_of_repeat
 from lightleak.errors import UserError
 from lightleak.evidence.table import matrix
-from lightleak.runs import Run, read_json
+from lightleak.runs import Run, read_json, read_table
 from lightleak.statistics import Probed
 from lightleak.validity.probing import ProbingCutoffs
 
@@ -50,7 +49,7 @@ class StoredProbe:
             tuple(Condition(*each) for each in about["conditions"]),
             tuple((each["tower"], each["layer"]) for each in about["layers"]),
             {
-                seed: pq.read_table(run.evidence / f"questions-{seed}.parquet")
+                seed: read_table(run.evidence / f"questions-{seed}.parquet")
                 for seed in about["seeds"]
             },
             about,
@@ -123,7 +122,7 @@ class StoredProbe:
         pattern = f"{stage}-{seed}-{condition.stage}-[0-9]*.parquet"
         try:
             files = sorted(self.run.evidence.glob(pattern))
-            return pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+            return pa.concat_tables([read_table(file, columns=columns) for file in files])
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"evidence is missing or damaged ({pattern})",

@@ -12,6 +12,7 @@ import typer
 from lightleak.cli.config import Config
 from lightleak.cli.console import Bars, errors, show
 from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
+from lightleak.cli.workers import Executor, RayAddress, Where, Workers
 from lightleak.errors import UserError
 
 
@@ -110,6 +111,9 @@ def audit(
     batch_size: Annotated[
         str, typer.Option(help="auto, or how many records go through at once.")
     ] = "auto",
+    workers: Workers = 1,
+    executor: Executor = Where.LOCAL,
+    ray_address: RayAddress = None,
     show_images: Annotated[
         bool, typer.Option("--show-images", help="Show records' images in the report.")
     ] = False,
@@ -172,6 +176,9 @@ def audit(
         device=device,
         dtype=dtype,
         batch_size=None if batch_size == "auto" else _whole(batch_size),
+        workers=workers or None,
+        executor=executor.value,
+        ray_address=ray_address,
         strict=strict,
         drop_duplicates=drop_duplicates,
         allow_outside=allow_outside,

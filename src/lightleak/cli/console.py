@@ -68,6 +68,10 @@ class Bars:
             yield lambda done: bars.advance(task, done)
             bars.update(task, completed=total)
 
+    def note(self, text: str) -> None:
+        """Say something once."""
+        errors.print(text, highlight=False)
+
 
 def show(verdict: Verdict, report: Path, title: str = "") -> None:
     """Print a membership verdict, its reasons and where the report is."""

@@ -12,6 +12,7 @@ import typer
 from lightleak.cli.config import Config, numbers
 from lightleak.cli.console import Bars, errors, show_probe
 from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
+from lightleak.cli.workers import Executor, RayAddress, Where, Workers
 from lightleak.errors import UserError
 
 
@@ -108,9 +109,9 @@ def probe(
     position: Annotated[Place, typer.Option(help="Of the watermark.")] = Place.RANDOM,
     alpha: Annotated[int, typer.Option(help="Of its text, 0 to 255.")] = 128,
     plate: Annotated[int, typer.Option(help="Alpha of a black plate behind it.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes at once; one a core, one with an accelerator.")
-    ] = None,
+    workers: Workers = None,
+    executor: Executor = Where.LOCAL,
+    ray_address: RayAddress = None,
     design: Annotated[
         Design, typer.Option(help="With --seen: randomised where lots decided who was seen.")
     ] = Design.OBSERVATIONAL,
@@ -182,7 +183,9 @@ def probe(
         position=position.value,
         alpha=alpha,
         plate=plate,
-        workers=workers,
+        workers=workers or None,
+        executor=executor.value,
+        ray_address=ray_address,
         design=design.value,
         cutoffs={"alpha": alpha_level},
         seed=seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,29 +210,13 @@ class EvidenceStore:
             write_json(file, {"sha256": fingerprint(decides), "decides": decides})
         return EvidenceStore(folder)
 
-    def part(self, stage: str, index: int, make: Callable[[], pa.Table]) -> pa.Table:
-        """The part `index` of a stage: read if it is there and whole, else made and written."""
-        if self.has(stage, index):
-            return pq.read_table(self.file(stage, index))
-        table = make()
-        self.put(stage, index, table)
-        return table
-
     def put(self, stage: str, index: int, table: pa.Table) -> None:
         """Write a part at once."""
         write_table(self.file(stage, index), table)
 
     def has(self, stage: str, index: int) -> bool:
-        """Whether the part is there and whole; a torn one is removed."""
-        file = self.file(stage, index)
-        try:
-            pq.read_metadata(file)
-        except FileNotFoundError:
-            return False
-        except (pa.ArrowInvalid, OSError):
-            file.unlink()
-            return False
-        return True
+        """Whether the part is there and whole; a damaged one is removed."""
+        return whole(self.file(stage, index))
 
     def file(self, stage: str, index: int) -> Path:
         """Where a part lies, or would."""
@@ -277,9 +261,41 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def write_table(file: Path, table: pa.Table) -> None:
-    """Write a Parquet file at once."""
+    """Write a Parquet file at once, with a checksum a page."""
     with replacing(file) as stream:
-        pq.write_table(table, stream, compression="lz4")
+        pq.write_table(table, stream, compression="lz4", write_page_checksum=True)
+
+
+def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"it cannot be read ({reason})",
+            str(file),
+            "Run the same command again: what is damaged is made anew.",
+        ) from error
+
+
+def whole(file: Path) -> bool:
+    """Whether a Parquet file is there and every page of it is as it was written; a damaged one is
+    removed, so that it is made again."""
+    try:
+        content = pq.ParquetFile(file, page_checksum_verification=True)
+        for group in range(content.num_row_groups):
+            content.read_row_group(group)
+    except FileNotFoundError:
+        return False
+    except (pa.ArrowException, OSError):
+        file.unlink()
+        return False
+    return True
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -16,6 +16,10 @@ class Progress(Protocol):
         """Open a stage of `total` records; call what it yields with how many are done."""
         ...
 
+    def note(self, text: str) -> None:
+        """Say something once."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -24,3 +28,7 @@ class Silent:
         """A stage that nobody sees."""
         del name, total
         return nullcontext(lambda _: None)
+
+    def note(self, text: str) -> None:
+        """Nobody hears it."""
+        del text

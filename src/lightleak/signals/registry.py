@@ -44,6 +44,11 @@ class Fit:
     nonmembers: NDArray[np.bool_]
     scored: NDArray[np.bool_]
 
+    def rows(self, chosen: Sequence[int]) -> Fit:
+        """The same of some records."""
+        index = list(chosen)
+        return Fit(self.members[index], self.nonmembers[index], self.scored[index])
+
 
 def cross(
     protocol: str, n_folds: int, side: NDArray[np.str_], folds: NDArray[np.int64]

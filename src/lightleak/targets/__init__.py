@@ -2,7 +2,7 @@
 
 from lightleak.targets.dual_encoder import Bank, DualEncoderTarget, Pairs
 from lightleak.targets.generative import Answers, GenerativeTarget
-from lightleak.targets.loading import base_of, find, load, quiet, untrained
+from lightleak.targets.loading import base_of, find, load, quiet, untrained, without_adapter
 from lightleak.targets.target import Batch, EncodedRecord, Outputs, Target
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "load",
     "quiet",
     "untrained",
+    "without_adapter",
 ]

@@ -138,6 +138,25 @@ def base_of(
     return str(base)
 
 
+def without_adapter(target: Target, name: str) -> Target | None:
+    """The base of an adapted target, made by taking the adapter off; the target is used up.
+
+    None, with the target as it was, where the adapter holds more than low-rank matrices (trained
+    biases, whole modules) or was begun from the base's own weights: then only loading the base
+    anew is sure to give it.
+    """
+    from peft import get_peft_model_state_dict
+
+    apart = all("lora_" in key for key in get_peft_model_state_dict(target.model))
+    begun = {str(c.init_lora_weights) for c in target.model.peft_config.values()}
+    if not apart or not begun <= {"True", "False", "gaussian"}:
+        return None
+    model = target.model.unload()
+    model.eval().requires_grad_(False)
+    hashes = {key: value for key, value in target.hashes.items() if key != "adapter"}
+    return replace(target, model=model, name=name, hashes=hashes)
+
+
 def untrained(target: Target, seed: int) -> Target:
     """The same architecture with weights drawn at random: what is read without any training."""
     plain = target.plain

@@ -1,0 +1,333 @@
+"""One pass of one model over the records of a run, as the processes that do it see it.
+
+The target makes one; so does each control model, and either with texts shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightleak.audits.models import Description, Model, made
+from lightleak.audits.settings import AuditSettings
+from lightleak.errors import UserError
+from lightleak.evidence import collect
+from lightleak.evidence.gradients import GradientEngine, select
+from lightleak.evidence.memory import batch_size
+from lightleak.evidence.pairs import PairReader
+from lightleak.evidence.readings import (
+    NEEDS_BANK,
+    AugmentedCosines,
+    DropoutCosines,
+    Floats,
+    GradientNorms,
+    GradientSlices,
+    slice_axes,
+)
+from lightleak.evidence.selfcheck import self_check
+from lightleak.evidence.tokens import AnswerReader
+from lightleak.records import Record
+from lightleak.runs import read_json, replacing, write_json
+from lightleak.runs.progress import Advance
+from lightleak.targets import Bank, DualEncoderTarget, Target
+
+# A shard is about so much work, by what a step costs and what a processor is good for.
+_SHARD_SECONDS = 120
+_OPERATIONS_A_SECOND = {"cpu": 2e10, "cuda": 1e14}
+_SHARD_BYTES = 256e6
+_MOST_RECORDS = 2048
+_FEWEST_RECORDS = {"cpu": 32, "cuda": 128}
+_ALIKE = 16
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One model over the records of a run.
+
+    Attributes:
+        folder: of the run's, for this pass alone.
+        settings: which signals, and how they are fitted.
+        model: which model.
+        description: what it is.
+        of: what is measured, in words, where it is not the target.
+    """
+
+    folder: Path
+    settings: AuditSettings
+    model: Model
+    description: Description
+    of: str = ""
+
+    @property
+    def matrices(self) -> str | None:
+        """Where gradients are read; None where no signal needs them."""
+        if not self.settings.needs() & {GradientNorms, GradientSlices}:
+            return None
+        chosen = str(self.settings.options_of("gradaudit").get("matrices", "auto"))
+        if chosen == "auto":
+            chosen = "lora" if "adapter" in self.description.hashes else "last3"
+        return chosen
+
+    @property
+    def slices(self) -> bool:
+        """Whether every slice is compared with reference gradients."""
+        return GradientSlices in self.settings.needs()
+
+    @property
+    def banked(self) -> bool:
+        """Whether a signal compares each pair with a bank of negatives."""
+        dual = self.description.kind == "dual-encoder"
+        return dual and bool(self.settings.needs() & NEEDS_BANK)
+
+    @property
+    def n_references(self) -> int:
+        """How many reference gradients there are: one a fold, or one in all."""
+        return 1 if self.settings.protocol == "split" else self.settings.folds
+
+    @property
+    def bank_file(self) -> Path:
+        """Embeddings of the bank."""
+        return self.folder / "bank.safetensors"
+
+    @property
+    def reference_file(self) -> Path:
+        """The reference gradients."""
+        return self.folder / "reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a pass goes through its records; fixed when it begins, so that a resumed one ends as an
+    unbroken one.
+
+    Attributes:
+        size: batch limits.
+        shard: records that are measured and written together.
+        keep: whether slices are stored; else they are reduced to scores on the way.
+        unreached: selected matrices that no gradient reaches.
+        one_by_one: matrices that can only be read from one record at a time.
+        shapes: of the matrices that are read.
+    """
+
+    size: collect.BatchSize
+    shard: int
+    keep: bool
+    unreached: tuple[str, ...]
+    one_by_one: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @staticmethod
+    def stored(folder: Path) -> Plan | None:
+        """The plan of a pass that has begun."""
+        file = folder / "plan.json"
+        if not file.is_file():
+            return None
+        content = read_json(file)
+        try:
+            return Plan(
+                collect.BatchSize(**content["size"]),
+                content["shard"],
+                content["keep"],
+                tuple(content["unreached"]),
+                tuple(content["one_by_one"]),
+                {name: tuple(shape) for name, shape in content["shapes"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError("it is damaged", str(file), "Give --out another folder.") from error
+
+    def store(self, folder: Path) -> None:
+        """Write it down before anything is measured by it."""
+        write_json(folder / "plan.json", asdict(self))
+
+
+@dataclass(frozen=True)
+class References:
+    """Reference gradients, one for each fold of `crossfit`, one in all for `split`.
+
+    Attributes:
+        gradients: name → (k, *shape), the mean over the records in each.
+        sizes: (k,) how many records each is the mean of.
+    """
+
+    gradients: dict[str, Tensor]
+    sizes: tuple[int, ...]
+
+    @staticmethod
+    def read(file: Path, device: torch.device | str = "cpu") -> References:
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            gradients = safetensors.torch.load_file(file, device=str(device))
+            with safe_open(file, "pt") as content:
+                sizes = content.metadata()["sizes"].split()
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the reference gradients cannot be read ({error})",
+                str(file),
+                "Delete reference.json beside it and run the same audit again.",
+            ) from error
+        return References(gradients, tuple(map(int, sizes)))
+
+    def write(self, file: Path) -> None:
+        """Write at once."""
+        sizes = " ".join(map(str, self.sizes))
+        save_tensors(file, self.gradients, {"sizes": sizes})
+
+    def norms2(self, names: list[str]) -> Floats:
+        """(k, s) squared norms of all slices, laid out as `slice_axes` does."""
+        parts = []
+        for name in names:
+            squares = self.gradients[name].square()
+            if squares.ndim == 2:  # A vector is one slice.
+                parts.append(squares.sum(1, keepdim=True))
+            else:
+                parts += [squares.sum(2), squares.sum(1)]
+        norms2: Floats = torch.cat(parts, dim=1).cpu().numpy()
+        return norms2
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file at once."""
+    content = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    with replacing(file) as stream:
+        stream.write(safetensors.torch.save(content, about))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pass with its model in memory.
+
+    Attributes:
+        target: the model.
+        engine: reads gradients; None when no signal needs them.
+        reader: what is kept of the outputs.
+        references: what gradients are compared with, once they are made.
+    """
+
+    target: Target
+    engine: GradientEngine | None
+    reader: collect.Reader
+    references: References | None
+
+
+def open_pass(of: Pass, plan: Plan, *, compared: bool) -> Opened:
+    """The pass with its model, kept in this process for the next job.
+
+    Args:
+        of: the pass.
+        plan: its plan.
+        compared: whether gradients are compared with the references, which are read then.
+    """
+    return made((of, compared), lambda: load_pass(of, plan, compared=compared))
+
+
+def load_pass(of: Pass, plan: Plan, *, compared: bool) -> Opened:
+    """The pass with its model, not kept."""
+    target = _with_bank(of)
+    engine = None
+    if of.matrices is not None:
+        selection = select(target, of.matrices).without(set(plan.unreached))
+        engine = GradientEngine(target, selection)
+    references = References.read(of.reference_file, target.device) if compared else None
+    return Opened(target, engine, _reader(of, target), references)
+
+
+def _reader(of: Pass, target: Target) -> collect.Reader:
+    """What is kept of the target's outputs, beyond its gradients."""
+    if isinstance(target, DualEncoderTarget):
+        needs = of.settings.needs()
+        return PairReader(target, AugmentedCosines in needs, DropoutCosines in needs)
+    return AnswerReader()
+
+
+def _with_bank(of: Pass) -> Target:
+    target = of.model.load()
+    if isinstance(target, DualEncoderTarget) and of.bank_file.is_file():
+        bank = safetensors.torch.load_file(of.bank_file, device=str(target.device))
+        target.bank = Bank(bank["image"], bank["text"])
+    return target
+
+
+@dataclass(frozen=True)
+class Check:
+    """The first job of a pass: look at the model with a few records, and make the plan.
+
+    Attributes:
+        of: the pass.
+        sample: the first records.
+        bank: records of the bank.
+        n: how many records there are in all.
+        share: the part of the memory that one process may take.
+    """
+
+    of: Pass
+    sample: tuple[Record, ...]
+    bank: tuple[Record, ...]
+    n: int
+    share: float
+
+
+def check(job: Check, advance: Advance) -> Plan:
+    """Check the model, embed the bank, and decide how the records go through it.
+
+    Raises:
+        UserError: the model is not fit to be measured.
+    """
+    of, settings = job.of, job.of.settings
+    target = of.model.load()
+    size = settings.size
+    if isinstance(target, DualEncoderTarget) and job.bank:
+        if not of.bank_file.is_file():
+            bank = collect.embed_bank(target, job.bank, size)
+            save_tensors(of.bank_file, {"image": bank.image, "text": bank.text}, {})
+        target = _with_bank(of)
+    selection = None if of.matrices is None else select(target, of.matrices)
+    engine = None if selection is None else GradientEngine(target, selection)
+    checked = self_check(target, engine, job.sample, size)
+    if selection is not None:
+        selection = selection.without(set(checked.unreached))
+        if not selection.shapes:
+            raise UserError("no gradient reaches any selected matrix", "gradaudit.matrices")
+        engine = GradientEngine(target, selection)
+    if settings.batch_size is None:
+        size = batch_size(target, engine, job.sample, share=job.share)
+    shapes = {} if selection is None else dict(selection.shapes)
+    width = 0
+    if of.slices:
+        number = 8 if target.dtype == torch.float64 else 4
+        width = slice_axes(shapes)[-1].stop * number * (1 + of.n_references)
+    plan = Plan(
+        size,
+        _shard(target, engine, job, width),
+        width * job.n <= settings.evidence_limit * 1e9,
+        tuple(sorted(checked.unreached)),
+        tuple(checked.one_by_one),
+        shapes,
+    )
+    plan.store(of.folder)
+    advance(1)
+    return plan
+
+
+def _shard(target: Target, engine: GradientEngine | None, job: Check, width: int) -> int:
+    """Records of a shard: a few minutes of work, in parts that stay small; no clock is asked, so
+    that every run of this audit is cut alike."""
+    kind = target.device.type
+    tokens = np.mean([each.n_tokens for each in collect.encode(target, job.sample[:8]).records])
+    parameters = sum(p.numel() for p in target.model.parameters())
+    operations = (2 if engine is None else 6) * parameters * tokens
+    rate = _OPERATIONS_A_SECOND.get(kind, _OPERATIONS_A_SECOND["cuda"])
+    by_time = 2 ** np.floor(np.log2(max(1.0, _SHARD_SECONDS * rate / operations)))
+    fewest = _FEWEST_RECORDS.get(kind, _FEWEST_RECORDS["cuda"])
+    most = min(_MOST_RECORDS, max(fewest, job.n / _ALIKE))
+    return max(1, int(min(by_time, most, max(4, _SHARD_BYTES // max(1, width)))))
