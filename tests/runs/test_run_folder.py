@@ -1,12 +1,14 @@
 """A run folder keeps what was done, refuses what does not belong, and survives damage."""
 
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
 
 from lightleak.errors import UserError
-from lightleak.runs import EvidenceStore, Run, read_json, write_json
+from lightleak.runs import EvidenceStore, Run, read_json, read_table, write_json
 
 
 def store(tmp_path, **decides):
@@ -15,17 +17,16 @@ def store(tmp_path, **decides):
     return EvidenceStore.claim(folder, decides)
 
 
-def part(value):
-    return lambda: pa.table({"id": [value]})
+def part(*values):
+    return pa.table({"id": list(values)})
 
 
-def never():
-    raise AssertionError("a part that is there was made again")
-
-
-def test_a_part_is_made_once(tmp_path):
-    store(tmp_path, weights="a").part("part", 0, part("x"))
-    assert store(tmp_path, weights="a").part("part", 0, never)["id"].to_pylist() == ["x"]
+def test_a_part_is_found_again(tmp_path):
+    store(tmp_path, weights="a").put("part", 0, part("x"))
+    again = store(tmp_path, weights="a")
+    assert again.has("part", 0)
+    assert not again.has("part", 1)
+    assert read_table(again.file("part", 0))["id"].to_pylist() == ["x"]
 
 
 def test_evidence_of_something_else_is_refused_and_the_difference_named(tmp_path):
@@ -34,12 +35,39 @@ def test_evidence_of_something_else_is_refused_and_the_difference_named(tmp_path
         store(tmp_path, weights="b", template="t")
 
 
-def test_a_torn_part_is_made_again(tmp_path):
+@pytest.mark.parametrize("damage", ["torn", "one bit turned"])
+def test_a_damaged_part_is_told_of_and_makes_room_for_a_new_one(tmp_path, damage):
     evidence = store(tmp_path)
-    evidence.part("part", 0, part("x"))
-    (file,) = evidence.folder.glob("part-*.parquet")
-    file.write_bytes(file.read_bytes()[:20])
-    assert evidence.part("part", 0, part("again"))["id"].to_pylist() == ["again"]
+    evidence.put("part", 0, part(*map(str, range(1000))))
+    file = evidence.file("part", 0)
+    content = bytearray(file.read_bytes())
+    if damage == "torn":
+        content = content[:-20]
+    else:
+        content[200] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-00000.parquet: it is missing or damaged"):
+        read_table(file)
+    assert not evidence.has("part", 0)
+    assert not file.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_a_full_disk_is_one_line_and_what_was_written_stays(tmp_path):
+    program = (
+        "import resource, sys, pyarrow as pa, signal\n"
+        "from lightleak.runs import EvidenceStore\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "store = EvidenceStore.claim(Path(sys.argv[1]), {})\n"
+        "store.put('part', 0, pa.table({'id': [1]}))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "store.put('part', 1, pa.table({'id': list(range(100_000))}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], stderr=subprocess.PIPE)
+    assert b"part-00001.parquet: it cannot be written" in done.stderr.splitlines()[-1]
+    assert EvidenceStore(tmp_path).has("part", 0)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["fingerprint.json", "part-00000.parquet"]
 
 
 def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path, monkeypatch):

@@ -8,16 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from lightleak.errors import UserError
 from lightleak.records.images import READABLE_FORMATS
-from lightleak.runs import Run
+from lightleak.runs import Run, read_table
 
 FAILURES_SHOWN = 20
 THUMBNAIL = 128
@@ -42,20 +38,6 @@ class Failures:
     counts: tuple[tuple[str, str, int], ...]
     shown: tuple[Failure, ...]
     total: int
-
-
-def read_table(file: Path) -> pa.Table:
-    """Read a Parquet file of a run.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            "it is missing or damaged", str(file), "Judge the run again: lightleak report RUN."
-        ) from error
 
 
 def failures(run: Run) -> Failures:

@@ -275,11 +275,10 @@ def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"it cannot be read ({reason})",
+            f"it is missing or damaged ({str(error).splitlines()[0][:100]})",
             str(file),
-            "Run the same command again: what is damaged is made anew.",
+            "Give the same command again that made the run: it is made anew.",
         ) from error
 
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightleak.report.contents import blurred, read_table, thumbnail
-from lightleak.runs import Run, read_json
+from lightleak.report.contents import blurred, thumbnail
+from lightleak.runs import Run, read_json, read_table
 from lightleak.validity import IdentityVerdict
 
 SETS = ("suspect", "known", "control")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightleak.report.contents import read_table
 from lightleak.report.membership import figures, words
 from lightleak.report.membership.contents import read
-from lightleak.runs import Run
+from lightleak.runs import Run, read_table
 
 
 def fill(run: Run, *, show_images: bool) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightleak import statistics as st
-from lightleak.report.contents import read_table, thumbnail
-from lightleak.runs import Run, read_json
+from lightleak.report.contents import thumbnail
+from lightleak.runs import Run, read_json, read_table
 from lightleak.validity import Verdict
 
 RECORDS_SHOWN = 20

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightleak.report.contents import read_table, thumbnail
-from lightleak.runs import Run
+from lightleak.report.contents import thumbnail
+from lightleak.runs import Run, read_table
 from lightleak.validity import ProbingVerdict
 from lightleak.validity.probing import ConditionFinding, OutputFinding, TrendFinding
 
