@@ -127,7 +127,7 @@ def naive(target, engine, record):
 
 def test_batched_readings_equal_plain_autograd(target, some_records):
     engine = GradientEngine(target, select(target, "all"))
-    unreached = self_check(target, engine, some_records, collect.BatchSize())
+    unreached = self_check(target, engine, some_records, collect.BatchSize()).unreached
     engine = GradientEngine(target, engine.selection.without(unreached))
     measured = collect.measure(target, engine, AnswerReader(), some_records)
     assert not measured.failures

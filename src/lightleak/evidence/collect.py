@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,13 +14,16 @@ from torch import Tensor
 
 from lightleak.errors import UserError
 from lightleak.evidence.gradients import GradientEngine
-from lightleak.evidence.gradients.rows import UnevenRows
 from lightleak.evidence.gradients.kernels import MaskedReference
+from lightleak.evidence.gradients.rows import UnevenRows
 from lightleak.evidence.table import schema
 from lightleak.records import Failure, Record, open_rgb
 from lightleak.targets import Bank, Batch, DualEncoderTarget, EncodedRecord, Target
 
 Progress = Callable[[int], None]
+
+# Records that are in memory as pixels at once; batches are made within them.
+WINDOW = 64
 
 
 class Reader(Protocol):
@@ -79,20 +84,51 @@ def encode(target: Target, records: Iterable[Record]) -> Encoded:
     return Encoded(tuple(ready), tuple(failures))
 
 
-def plan(records: Sequence[EncodedRecord], size: BatchSize) -> list[list[EncodedRecord]]:
+def windows(
+    target: Target, records: Sequence[Record], *, ahead: bool | None = None
+) -> Iterator[Encoded]:
+    """Records ready for the model, so many at a time that any number fits in memory.
+
+    Args:
+        target: the model.
+        records: what to encode.
+        ahead: encode the next window in a thread meanwhile; None does so on an accelerator, for
+            on a CPU it would take the model's core.
+    """
+    parts = [records[start : start + WINDOW] for start in range(0, len(records), WINDOW)]
+    if not (target.device.type != "cpu" if ahead is None else ahead):
+        yield from (encode(target, part) for part in parts)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(encode, target, part) for part in parts[:1]]
+        for following in parts[1:]:
+            ready = waiting.pop().result()
+            waiting.append(thread.submit(encode, target, following))
+            yield ready
+        yield from (last.result() for last in waiting)
+
+
+def plan(
+    records: Sequence[EncodedRecord], size: BatchSize, *, rows: bool = True
+) -> list[list[EncodedRecord]]:
     """Group records of equal shape and similar length.
 
-    The first batch of each shape is one record alone, which teaches the engine how many rows a
-    record of this shape takes in each layer.
+    Args:
+        records: of one window.
+        size: batch limits.
+        rows: whether rows of layers will be dealt out to records. Then the first batch of each
+            shape is one record alone, which shows how many rows a piece of its image takes in
+            each layer: no tensor tells a tower that packs, drops or shares rows from another.
     """
     by_shape: dict[object, list[EncodedRecord]] = {}
     for record in records:
         by_shape.setdefault(record.shape_key, []).append(record)
     batches: list[list[EncodedRecord]] = []
     for alike in by_shape.values():
-        batches.append(alike[:1])
+        if rows:
+            batches.append([alike.pop(0)])
         current: list[EncodedRecord] = []
-        for record in sorted(alike[1:], key=lambda each: each.n_tokens):
+        for record in sorted(alike, key=lambda each: each.n_tokens):
             full = len(current) == size.records
             if current and (full or record.n_tokens * (len(current) + 1) > size.tokens):
                 batches.append(current)
@@ -128,9 +164,8 @@ def measure(
         size: batch limits.
         progress: told how many records are done.
     """
-    encoded = encode(target, records)
     by_id = {record.id: record for record in records}
-    encoded_by_id = {each.id: each for each in encoded.records}
+    encoded_by_id: dict[str, EncodedRecord] = {}
     rows: dict[str, dict[str, object]] = {}
 
     def one(batch: Batch) -> None:
@@ -159,13 +194,15 @@ def measure(
                     row["slice_dots"] = readings.dots[i].flatten().cpu().numpy()
             rows[each.id] = row
 
-    failures = [
-        *encoded.failures,
-        *run(target, plan(encoded.records, size or BatchSize()), one, progress),
-    ]
     columns = schema(reader.columns, double=target.dtype == torch.float64)
-    ordered = [rows[record.id] for record in records if record.id in rows]
-    return Measured(pa.Table.from_pylist(ordered, schema=columns), tuple(failures))
+    tables, failures = [columns.empty_table()], list[Failure]()
+    for encoded in windows(target, records):
+        encoded_by_id = {each.id: each for each in encoded.records}
+        batches = plan(encoded.records, size or BatchSize(), rows=engine is not None)
+        failures += [*encoded.failures, *run(target, batches, one, progress)]
+        ordered = [rows.pop(key) for key in encoded_by_id if key in rows]
+        tables.append(pa.Table.from_pylist(ordered, schema=columns))
+    return Measured(pa.concat_tables(tables).combine_chunks(), tuple(failures))
 
 
 def embed_bank(
@@ -178,18 +215,16 @@ def embed_bank(
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
+    @torch.no_grad()
     def one(batch: Batch) -> None:
         outputs = target.outputs(batch)
         found.update((key, (outputs.image[i], outputs.text[i])) for i, key in enumerate(batch.ids))
 
-    encoded = encode(target, records)
-    with torch.no_grad():
-        failures = run(target, plan(encoded.records, size or BatchSize()), one)
+    failures = _stream(target, records, one, size, rows=False)
     if len(found) < 2:
-        first = (*encoded.failures, *failures)
         raise UserError(
             "the bank of negatives holds fewer than two usable pairs"
-            + (f". First: {first[0].error}" if first else ""),
+            + (f". First: {failures[0].error}" if failures else ""),
             target.name,
             "Give more controls, or a bank of its own.",
         )
@@ -203,19 +238,29 @@ def sum_gradients(
     engine: GradientEngine,
     records: Sequence[Record],
     *,
+    sums: dict[str, Tensor] | None = None,
     size: BatchSize | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Sum of the records' gradients by matrix (out, in), and the ids that are in it."""
-    sums: dict[str, Tensor] = {}
+    """Sum of the records' gradients by matrix (out, in), and the ids that were added to it.
+
+    Args:
+        target: the model.
+        engine: reads gradients.
+        records: whose.
+        sums: what to add them to; a new sum when None.
+        size: batch limits.
+        progress: told how many records are done.
+    """
+    total = {} if sums is None else sums
     added: list[str] = []
 
     def one(batch: Batch) -> None:
-        engine.add_gradients(batch, sums)
+        engine.add_gradients(batch, total)
         added.extend(batch.ids)
 
-    run(target, plan(encode(target, records).records, size or BatchSize()), one, progress)
-    return sums, tuple(added)
+    _stream(target, records, one, size, progress)
+    return total, tuple(added)
 
 
 def score(
@@ -233,9 +278,25 @@ def score(
     def one(batch: Batch) -> None:
         scores.update(zip(batch.ids, engine.score(batch, kept).tolist(), strict=True))
 
-    encoded = encode(target, records)
-    failures = run(target, plan(encoded.records, size or BatchSize()), one, progress)
-    return scores, (*encoded.failures, *failures)
+    failures = _stream(target, records, one, size, progress)
+    return scores, tuple(failures)
+
+
+def _stream(
+    target: Target,
+    records: Sequence[Record],
+    one: Callable[[Batch], None],
+    size: BatchSize | None,
+    progress: Progress | None = None,
+    *,
+    rows: bool = True,
+) -> list[Failure]:
+    """Encode and `run` all records, window by window."""
+    failures: list[Failure] = []
+    for encoded in windows(target, records):
+        batches = plan(encoded.records, size or BatchSize(), rows=rows)
+        failures += [*encoded.failures, *run(target, batches, one, progress)]
+    return failures
 
 
 def run(
@@ -253,16 +314,21 @@ def run(
     waiting = [list(batch) for batch in reversed(batches)]
     while waiting:
         records = waiting.pop()
+        kind: type[Exception] | None = None
         try:
             one(target.collate(records))
         except (RuntimeError, UnevenRows, FloatingPointError, ValueError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            if len(records) > 1:
-                half = 1 if isinstance(error, UnevenRows) else (len(records) + 1) // 2
-                waiting += [records[i : i + half] for i in range(0, len(records), half)][::-1]
-                continue
-            failures.append(Failure(records[0].id, "model", _one_line(error)))
+            problem, kind = _one_line(error), type(error)
+        # Only here, where the error's traceback holds the attempt no longer, can it be freed.
+        if kind is torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+        if kind is not None and len(records) > 1:
+            half = 1 if kind is UnevenRows else (len(records) + 1) // 2
+            waiting += [records[i : i + half] for i in range(0, len(records), half)][::-1]
+            continue
+        if kind is not None:
+            failures.append(Failure(records[0].id, "model", problem))
         if progress is not None:
             progress(len(records))
     return failures

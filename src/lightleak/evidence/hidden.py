@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightleak.evidence.collect import BatchSize, Progress, encode, plan, run
-from lightleak.evidence.gradients.rows import by_record
+from lightleak.evidence.gradients.rows import row_counts
 from lightleak.records import Failure, Record
 from lightleak.targets import Answers, Batch, GenerativeTarget
 
@@ -131,7 +132,7 @@ def read_hidden(
     """
     places = layers(target)
     ends = _end_tokens(target)
-    alone: dict[tuple[object, str], int] = {}
+    alone: dict[tuple[object, str], Fraction] = {}
     found: dict[str, tuple[list[NDArray[np.float32]], bool, float]] = {}
 
     @torch.no_grad()
@@ -145,8 +146,9 @@ def read_hidden(
                 last = [start - 1 for start, _ in batch.answers]
                 states[layer] = values[range(len(batch)), last].float()
             else:
-                rows = by_record(layer.column, values, batch, alone)
-                states[layer] = rows.mean(1, dtype=target.wide).float()
+                counts = row_counts(layer.column, values, batch, alone)
+                rows = torch.split(values.flatten(0, -2).to(target.wide), counts)
+                states[layer] = torch.stack([each.mean(0) for each in rows]).float()
 
         with _watched(target.model, places, seen):
             outputs = target.outputs(batch)

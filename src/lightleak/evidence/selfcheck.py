@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import ImageChops
 from torch import Tensor
 
 from lightleak.errors import UserError
-from lightleak.evidence.collect import BatchSize, plan
+from lightleak.evidence.collect import BatchSize, plan, run
 from lightleak.evidence.gradients import GradientEngine
 from lightleak.evidence.gradients.rows import UnevenRows
 from lightleak.records import Record, open_rgb
@@ -21,12 +22,28 @@ _HALF_TOLERANCE = 5e-2
 _SAMPLE, _TRIED = 8, 64
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What the check found that the run must know.
+
+    Attributes:
+        unreached: selected matrices that no gradient reaches (the last vision block of a LLaVA
+            that takes its features one block earlier, say).
+        one_by_one: selected matrices for whose sake records go through one at a time: parameters
+            outside the layers that are read by record, or else the first layer met whose rows
+            cannot be dealt out to records; none where records go together.
+    """
+
+    unreached: set[str]
+    one_by_one: tuple[str, ...]
+
+
 def self_check(
     target: Target,
     engine: GradientEngine | None,
     records: Sequence[Record],
     size: BatchSize,
-) -> set[str]:
+) -> Checked:
     """Check a target on a few records.
 
     Args:
@@ -34,10 +51,6 @@ def self_check(
         engine: its gradient engine, when gradients will be read.
         records: the run's; the first eight that the model takes are used.
         size: the batches that will be used.
-
-    Returns:
-        Selected matrices that no gradient reaches (the last vision block of a LLaVA that takes
-        its features one block earlier, say).
 
     Raises:
         UserError: the model takes no record, the image does not reach it, the adapter changes
@@ -48,10 +61,11 @@ def self_check(
     _check_image(target, *sample[0])
     if target.has_adapter:
         _check_adapter(target, encoded[0])
-    _check_batches(target, engine, encoded, size)
+    uneven = _check_batches(target, engine, encoded, size)
     if engine is None:
-        return set()
-    return engine.unreached([target.collate([record]) for record in encoded])
+        return Checked(set(), ())
+    unreached = engine.unreached([target.collate([record]) for record in encoded])
+    return Checked(unreached, engine.selection.without(unreached).dense or uneven)
 
 
 def _that_run(target: Target, records: Sequence[Record]) -> list[tuple[Record, EncodedRecord]]:
@@ -105,27 +119,34 @@ def _check_batches(
     engine: GradientEngine | None,
     encoded: Sequence[EncodedRecord],
     size: BatchSize,
-) -> None:
+) -> tuple[str, ...]:
+    """Compare records alone and together; returns the layers whose rows keep them apart."""
     tolerance = _TOLERANCE.get(target.dtype, _HALF_TOLERANCE)
     alone = {
         record.id: _readings(target, engine, target.collate([record]))[0] for record in encoded
     }
-    for records in plan(encoded, size):
-        if len(records) == 1:
-            continue
+    uneven: dict[str, None] = {}
+
+    def one(batch: Batch) -> None:
+        if len(batch) == 1:
+            return
         try:
-            together = _readings(target, engine, target.collate(records))
-        except UnevenRows:
-            continue  # The run will take such records one at a time.
-        for record, reading in zip(records, together, strict=True):
-            expected = alone[record.id]
-            worst = float(((reading - expected).abs() / (1 + expected.abs())).max())
+            together = _readings(target, engine, batch)
+        except UnevenRows as error:
+            uneven.update(dict.fromkeys(error.args))
+            raise
+        for key, reading in zip(batch.ids, together, strict=True):
+            worst = float(((reading - alone[key]).abs() / (1 + alone[key].abs())).max())
             if not worst <= tolerance:
                 raise UserError(
-                    f"record {record.id} reads differently alone and in a batch (by {worst:.1e})",
+                    f"record {key} reads differently alone and in a batch (by {worst:.1e})",
                     target.name,
                     "Run with --batch-size 1.",
                 )
+
+    # As the run does: apart where they do not fit, or their rows cannot be dealt out.
+    run(target, plan(encoded, size), one)
+    return tuple(uneven)
 
 
 def _readings(target: Target, engine: GradientEngine | None, batch: Batch) -> list[Tensor]:

@@ -185,13 +185,14 @@ class GenerativeTarget(Target):
             inputs["logits_to_keep"] = length - skipped
         logits: Tensor = self.model(**inputs, use_cache=False).logits
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        places = list(enumerate(batch.answers))
+        ids = batch.inputs["input_ids"]
         return Answers(
             [
-                torch.log_softmax(logits[i, start - 1 - skipped : stop - 1 - skipped].to(wide), -1)
-                for i, (start, stop) in places
+                torch.log_softmax(each[start - 1 - skipped : stop - 1 - skipped].to(wide), -1)
+                # Indexed one by one, each record's backward would fill zeros for all of them.
+                for each, (start, stop) in zip(logits.unbind(), batch.answers, strict=True)
             ],
-            [batch.inputs["input_ids"][i, start:stop] for i, (start, stop) in places],
+            [each[start:stop] for each, (start, stop) in zip(ids, batch.answers, strict=True)],
         )
 
 

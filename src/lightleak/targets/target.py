@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from lightleak.records import Record
 from lightleak.targets.families import Parts, find_parts
 
+# Dimensions of an image's tensor that has an axis of tiles: (1, tiles, channels, height, width).
+_TILED = 5
+
 
 @dataclass(frozen=True)
 class EncodedRecord:
@@ -40,12 +43,36 @@ class EncodedRecord:
 
     @property
     def shape_key(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """Shapes of everything but the token axis; records batch together when it is equal."""
+        """Shapes of all but tokens, tiles and patches; records batch together when it is equal."""
+        tiled = self.tiled
         return tuple(
-            (name, tuple(value.shape))
+            (name, tuple(value.shape[2 if name in tiled else 1 :]))
             for name, value in sorted(self.inputs.items())
             if name not in self.along_tokens
         )
+
+    @property
+    def tiled(self) -> frozenset[str]:
+        """Which inputs are (1, tiles, …): pixels and their mask, of an image cut into tiles."""
+        image = self._image
+        if image is None or image.ndim != _TILED:
+            return frozenset()
+        return frozenset(
+            name
+            for name, value in self.inputs.items()
+            if value.ndim > 2 and value.shape[:2] == image.shape[:2]
+        )
+
+    @property
+    def pieces(self) -> int:
+        """How many tiles or patches the image is; 1 where it is whole."""
+        image = self._image
+        return 1 if image is None else int(image.shape[1 if image.ndim == _TILED else 0])
+
+    @property
+    def _image(self) -> Tensor | None:
+        others = [value for name, value in self.inputs.items() if name not in self.along_tokens]
+        return max(others, key=Tensor.numel, default=None)
 
 
 @dataclass(frozen=True)
@@ -53,16 +80,19 @@ class Batch:
     """Records of one shape, padded on the right.
 
     Attributes:
-        inputs: tensors on the target's device; token tensors are (n, length).
+        inputs: tensors on the target's device; token tensors are (n, length), tiles are
+            (n, tiles, …), and the patches of all records stand end to end.
         ids: the records' ids, n of them.
         answers: each record's answer as (start, stop) in the token axis.
         key: the shape that the records share (`EncodedRecord.shape_key`).
+        pieces: how many tiles or patches each record's image is.
     """
 
     inputs: Mapping[str, Tensor]
     ids: tuple[str, ...]
     answers: tuple[tuple[int, int], ...]
     key: tuple[tuple[str, tuple[int, ...]], ...]
+    pieces: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,15 +179,20 @@ class Target(ABC):
         """Take a batch forward."""
 
     def collate(self, records: Sequence[EncodedRecord]) -> Batch:
-        """Pad records of equal `shape_key` on the right and stack them on the device."""
-        length = max(record.n_tokens for record in records)
+        """Pad records of equal `shape_key` on the right and stack them on the device.
+
+        Tiles are padded with zeros, as processors pad them.
+        """
+        padded = records[0].along_tokens | records[0].tiled
         inputs = {}
         for name in records[0].inputs:
             values = [record.inputs[name] for record in records]
-            if name in records[0].along_tokens:
+            if name in padded:
                 fill = self._pad if name == "input_ids" else 0
+                most = max(value.shape[1] for value in values)
                 values = [
-                    nn.functional.pad(v, (0, length - v.shape[1]), value=fill) for v in values
+                    nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, most - v.shape[1]), value=fill)
+                    for v in values
                 ]
             inputs[name] = torch.cat(values).to(self.device)
         return Batch(
@@ -165,6 +200,7 @@ class Target(ABC):
             tuple(record.id for record in records),
             tuple((record.answer_start, record.n_tokens) for record in records),
             records[0].shape_key,
+            tuple(record.pieces for record in records),
         )
 
     def _cast(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
