@@ -80,7 +80,7 @@ def survive(
     seen: dict[Path, tuple[int, int]] = {}
     remade = 0
     for _ in range(kills):
-        _wait_for_more(out, driver, chance.randint(1, 4))
+        wait_for_more(out, driver, chance.randint(1, 4))
         time.sleep(chance.random())
         before = finished(out)
         remade += sum(before[file] != mark for file, mark in seen.items() if file in before)
@@ -164,7 +164,7 @@ def processes(driver: int, called: str) -> list[psutil.Process]:
         time.sleep(0.05)
 
 
-def _wait_for_more(out: Path, driver: subprocess.Popen[bytes], count: int) -> None:
+def wait_for_more(out: Path, driver: subprocess.Popen[bytes], count: int) -> None:
     """Wait until so many more files of evidence have been written, block sums included."""
     folder = out / "evidence"
 

@@ -52,7 +52,7 @@ def take(
         fits: what each fold does with the part's records, row by row.
         index: of the part.
     """
-    rule, names = rule_of(of), list(plan.shapes)
+    names = list(plan.shapes)
     slices = gradient_slices(
         lambda: iter([table]),
         table.num_rows,
@@ -61,11 +61,7 @@ def take(
         np.array(references.sizes),
         lora=(of.matrices or "").startswith("lora"),
     )
-    sums = [
-        cosine_sums(slices, side, k, rule.leave_one_out)
-        for k, fit in enumerate(fits)
-        for side in (fit.members, fit.nonmembers)
-    ]
+    sums = [side for fold in cosine_sums(slices, fits, rule_of(of)) for side in fold]
     stored = {"total": [each.total for each in sums], "count": [each.count for each in sums]}
     write_table(of.folder / f"cosines-{index:05d}.parquet", pa.table(stored))
     numbers = table.schema.field(SLICE_COLUMNS[0]).type

@@ -58,8 +58,7 @@ class Step:
         records, shards: how many, in how many jobs.
         tried: records that were done by the clock.
         opening_seconds: until the first record is in hand: loading and checking the model.
-        seconds_a_record: of one process.
-        seconds: in all, with as many processes as there are.
+        seconds_a_record, seconds_a_shard: of one process.
         evidence_bytes: what it leaves on the disk.
         scratch_bytes: what it takes there meanwhile.
     """
@@ -71,9 +70,14 @@ class Step:
     tried: int
     opening_seconds: float
     seconds_a_record: float
-    seconds: float
+    seconds_a_shard: float
     evidence_bytes: int
     scratch_bytes: int
+
+    def seconds(self, workers: int) -> float:
+        """In all, with so many processes; some wait while the last shards are done."""
+        work = self.records * self.seconds_a_record + self.shards * self.seconds_a_shard
+        return self.opening_seconds + work * -(-self.shards // workers) / self.shards
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ class Forecast:
     @property
     def seconds(self) -> float:
         """Of all steps; an estimate."""
-        return self.reading_seconds + sum(step.seconds for step in self.steps)
+        return self.reading_seconds + sum(step.seconds(self.workers) for step in self.steps)
 
 
 def plan(
@@ -342,16 +346,11 @@ class _Rehearsal:
         (timing,) = self._executor.map(clock, [Trial(perform, job)])
         if isinstance(job, Shard):
             self.memory += self._executor.map(gauge, [job])
-        # Of unequal jobs the last ones keep some processes waiting.
-        rounds = -(-len(jobs) // self.workers) / len(jobs)
         records = sum(len(each.records) for each in jobs)
         writes = sum(-(-len(each.records) // each.plan.shard) for each in jobs)
-        a_shard, a_record = timing.bytes_a_shard, timing.bytes_a_record
-        scratch = isinstance(job, Block)
-        size = len(jobs) * a_shard if scratch else len(jobs) * a_shard + records * a_record
-        work = records * timing.seconds_a_record + writes * timing.seconds_a_write
-        opening, self._opening = self._opening + timing.opening_seconds, 0.0
-        self.tried += 0 if scratch else timing.written
+        size = round(len(jobs) * timing.bytes_a_shard + records * timing.bytes_a_record)
+        passing = isinstance(job, Block)  # Blocks are deleted once they are added up.
+        self.tried += 0 if passing else timing.written
         self.steps.append(
             Step(
                 job.of.of or "target",
@@ -359,13 +358,14 @@ class _Rehearsal:
                 records,
                 len(jobs),
                 timing.records,
-                opening,
+                self._opening + timing.opening_seconds,
                 timing.seconds_a_record,
-                opening + work * rounds,
-                0 if scratch else round(size),
-                round(size) if scratch else 0,
+                timing.seconds_a_write * writes / len(jobs),
+                0 if passing else size,
+                size if passing else 0,
             )
         )
+        self._opening = 0.0
 
 
 _STEPS: dict[Callable[..., Any], str] = {
@@ -398,6 +398,7 @@ class Timing:
 
 def clock(trial: Trial, advance: Advance) -> Timing:
     """Do a job twice: with the first records, and with as many as fill the time."""
+    del advance
     job, folder = trial.job, trial.job.of.folder
     before = _size(folder)
 
@@ -415,9 +416,8 @@ def clock(trial: Trial, advance: Advance) -> Timing:
     fill = int(_SECONDS / max(each, 1e-9))
     count = min(len(job.records), _MOST, max(_FEWEST, fill))
     took, ticks, many = do(count)
-    writing = took - ticks[-1] if isinstance(job, Block) else 0.0
+    writing = took - ticks[-1] if isinstance(job, Block) and ticks else 0.0
     a_record = 0.0 if count == first else (many - few) / (count - first)
-    advance(0)
     return Timing(
         count,
         max(0.0, warming - first * took / count),
@@ -431,17 +431,17 @@ def clock(trial: Trial, advance: Advance) -> Timing:
 
 def gauge(shard: Shard, advance: Advance) -> Memory:
     """The bytes of the model, and of the largest of the shard's batches."""
+    del advance
     opened = open_pass(shard.of, shard.plan, compared=shard.of.slices)
     target, engine = opened.target, opened.engine
     encoded = collect.encode(target, shard.records[: collect.WINDOW]).records
     batches = collect.plan(encoded, shard.plan.size, rows=engine is not None)
-    largest = max(batches, key=lambda batch: len(batch) * batch[-1].n_tokens, default=[])
+    largest = max(batches, key=lambda batch: len(batch) * batch[-1].n_tokens)
     try:
         batch = memory._peak(target, engine, largest)
     except UnevenRows:
         batch = memory._peak(target, engine, largest[-1:])
     held = (*target.model.parameters(), *target.model.buffers())
-    advance(0)
     return Memory(sum(each.nbytes for each in held), batch)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lightleak import signals
@@ -78,27 +78,26 @@ def load(run: Run, folder: Path | None = None) -> Measured:
         UserError: the evidence is not complete.
     """
     folder = folder or run.evidence
-    about = read_table(run.evidence / "records.parquet").to_pydict()
-    failed = {
-        key
-        for file in folder.glob("failed-*.parquet")
-        for key in read_table(file)["id"].to_pylist()
-    }
-    place = {key: i for i, key in enumerate(about["id"])}
+    about = read_table(run.evidence / "records.parquet", ["id", "set", "fold", "group"])
     files = sorted(folder.glob("part-*.parquet"))
     if not files:
         raise UserError("it holds no evidence yet", str(run.folder), "Run the same audit again.")
-    columns = [n for n in pq.read_schema(files[0]).names if n not in _SLICES]
-    table = pa.concat_tables([read_table(file, columns=columns) for file in files])
-    ids = table["id"].to_pylist()
-    missing = set(place) - set(ids) - failed
+    table = pa.concat_tables([read_table(file, without=_SLICES) for file in files])
+    failed = pa.concat_tables(
+        [read_table(file, ["id"]) for file in folder.glob("failed-*.parquet")]
+        or [pa.table({"id": pa.array([], pa.string())})]
+    )["id"]
+    there = pa.chunked_array([*table["id"].chunks, *failed.chunks], pa.string())
+    missing = pc.sum(pc.invert(pc.is_in(about["id"], value_set=there))).as_py()
     if missing:
         raise UserError(
-            f"its evidence is not complete: {len(missing)} record(s) are missing",
+            f"its evidence is not complete: {missing} record(s) are missing",
             str(run.folder),
             "Run the same audit again: it goes on where it was.",
         )
-    rows = [place[key] for key in ids]
+    about = about.take(pc.index_in(table["id"], value_set=about["id"]))
+
+    alone = pc.fill_null(pc.equal(about["group"], ""), True)
 
     def slice_parts() -> Iterator[pa.Table]:
         for file in files:
@@ -107,10 +106,10 @@ def load(run: Run, folder: Path | None = None) -> Measured:
     return Measured(
         folder,
         table,
-        ids,
-        np.array([about["set"][i] for i in rows]),
-        np.array([about["fold"][i] for i in rows]),
-        np.array([about["group"][i] or about["id"][i] for i in rows]),
+        table["id"].to_pylist(),
+        np.array(about["set"].to_pylist(), dtype=str),
+        about["fold"].to_numpy(),
+        np.array(pc.if_else(alone, about["id"], about["group"]).to_pylist(), dtype=str),
         slice_parts,
     )
 

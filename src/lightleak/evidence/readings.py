@@ -31,28 +31,28 @@ class Ragged:
 
     def mean(self) -> Floats:
         """(n,) mean of each record; NaN where it has none."""
-        return self._sum_of_first(self.values, self.lengths) / _or_nan(self.lengths)
+        means = np.full(len(self.lengths), np.nan)
+        filled = self.lengths > 0
+        if filled.any():
+            values = self.values[self.offsets[0] : self.offsets[-1]].astype(np.float64)
+            sums = np.add.reduceat(values, self.offsets[:-1][filled] - self.offsets[0])
+            means[filled] = sums / self.lengths[filled]
+        return means
 
     def mean_of_lowest(self, share: float) -> Floats:
         """(n,) mean of each record's lowest max(1, ⌊share · length⌋) numbers; NaN where none."""
-        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        ascending = self.values[np.lexsort((self.values, owner))]
-        counts = np.minimum(np.maximum(1, np.floor(share * self.lengths)), self.lengths)
-        return self._sum_of_first(ascending, counts.astype(np.int64)) / _or_nan(counts)
+        means = np.full(len(self.lengths), np.nan)
+        # Records of one length are a matrix, and the rows of a matrix sort fast.
+        for length in np.unique(self.lengths[self.lengths > 0]):
+            alike = np.flatnonzero(self.lengths == length)
+            rows = self.values[self.offsets[alike, None] + np.arange(length)]
+            lowest = np.sort(rows, axis=1)[:, : max(1, int(share * length))]
+            means[alike] = lowest.mean(axis=1, dtype=np.float64)
+        return means
 
     def map(self, function: Callable[..., Floats], *others: Ragged) -> Ragged:
         """Apply `function` number by number to this and `others`, which have equal lengths."""
         return Ragged(function(self.values, *(other.values for other in others)), self.offsets)
-
-    def _sum_of_first(self, values: Floats, counts: NDArray[np.int64]) -> Floats:
-        # A cumulative sum over all records would let long runs round each other: reduce by record.
-        within = np.arange(len(values)) - np.repeat(self.offsets[:-1], self.lengths)
-        kept = np.where(within < np.repeat(counts, self.lengths), values, 0.0)
-        sums = np.zeros(len(self.lengths), dtype=np.float64)
-        filled = self.lengths > 0
-        if filled.any():
-            sums[filled] = np.add.reduceat(kept.astype(np.float64), self.offsets[:-1][filled])
-        return sums
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class GradientNorms:
 
 @dataclass(frozen=True)
 class SliceAxis:
-    """The rows or the columns of one matrix, and where they lie among all slices."""
+    """Rows or columns of one matrix, or a vector as one; and where they lie among all slices."""
 
     matrix: str
     axis: str
@@ -147,6 +147,15 @@ class SliceBlock:
     dots: Floats
     in_reference: NDArray[np.bool_]
 
+    def some(
+        self, records: NDArray[np.bool_], columns: NDArray[np.int64] | None = None
+    ) -> SliceBlock:
+        """Some of the records, and of their slices."""
+        norms2, dots = self.norms2[records], self.dots[records]
+        if columns is not None:
+            norms2, dots = norms2[:, columns], dots[..., columns]
+        return SliceBlock(self.rows[records], norms2, dots, self.in_reference[records])
+
 
 @dataclass(frozen=True)
 class GradientSlices:
@@ -169,19 +178,18 @@ class GradientSlices:
     lora: bool
 
 
-def slice_axes(shapes: dict[str, tuple[int, int]]) -> tuple[SliceAxis, ...]:
-    """Lay the rows, then the columns, of each matrix (out × in) end to end."""
+def slice_axes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[SliceAxis, ...]:
+    """Lay rows, then columns, of each matrix (out, in) end to end; a vector is one slice."""
     axes: list[SliceAxis] = []
     start = 0
     for matrix, shape in shapes.items():
-        for axis, size in zip(("row", "column"), shape, strict=True):
+        sizes = (
+            {"vector": 1} if len(shape) == 1 else dict(zip(("row", "column"), shape, strict=True))
+        )
+        for axis, size in sizes.items():
             axes.append(SliceAxis(matrix, axis, start, start + size))
             start += size
     return tuple(axes)
-
-
-def _or_nan(counts: NDArray[np.int64] | Floats) -> Floats:
-    return np.where(counts > 0, counts, np.nan).astype(np.float64)
 
 
 # What one pass over each kind of target can yield.

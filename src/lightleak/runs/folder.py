@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,13 +266,17 @@ def write_table(file: Path, table: pa.Table) -> None:
         pq.write_table(table, stream, compression="lz4", write_page_checksum=True)
 
 
-def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file.
+def read_table(
+    file: Path, columns: Sequence[str] | None = None, *, without: Collection[str] = ()
+) -> pa.Table:
+    """Read a Parquet file: all of it, the named columns, or all `without` some.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
+        if without:
+            columns = [name for name in pq.read_schema(file).names if name not in without]
         return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(

@@ -7,7 +7,7 @@ here; steps 1 to 3 (loss, matrices, reference) make the evidence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,15 +53,20 @@ def gradaudit(
         slices.lora, len(fits) > 1, mask=mask, tau=tau, q=q, self_inclusion=self_inclusion
     )
     scores = np.full(slices.n_records, np.nan)
-    for k, fit in enumerate(fits):
-        if rule.leave_one_out and slices.reference_sizes[k] < 2:
-            continue  # Nothing is left of a reference of one.
-        members = cosine_sums(slices, fit.members, k, rule.leave_one_out)
-        nonmembers = cosine_sums(slices, fit.nonmembers, k, rule.leave_one_out)
-        kept = sensitive(slices.axes, members.mean - nonmembers.mean, rule)
-        if kept.any():
-            for rows, cosine in _cosines(slices, k, fit.scored, leave_one_out=False):
-                scores[rows] = cosine[:, kept].mean(axis=1)
+    kept = [
+        # Nothing is left of a reference of one when that one is left out.
+        np.zeros(0, np.int64)
+        if rule.leave_one_out and slices.reference_sizes[k] < 2
+        else np.flatnonzero(sensitive(slices.axes, members.mean - nonmembers.mean, rule))
+        for k, (members, nonmembers) in enumerate(cosine_sums(slices, fits, rule))
+    ]
+    for block in slices.blocks():
+        for k, fit in enumerate(fits):
+            scored = fit.scored[block.rows]
+            if scored.any() and len(kept[k]):
+                part = block.some(scored, kept[k])
+                cosine = cosines(part, slices, k, leave_one_out=False, columns=kept[k])
+                scores[part.rows] = cosine.mean(axis=1)
     return scores
 
 
@@ -99,8 +104,17 @@ def choose(
     return Rule(strategy, tau, quantile, left_out)
 
 
-def cosines(block: SliceBlock, slices: GradientSlices, k: int, *, leave_one_out: bool) -> Floats:
+def cosines(
+    block: SliceBlock,
+    slices: GradientSlices,
+    k: int,
+    *,
+    leave_one_out: bool,
+    columns: NDArray[np.int64] | slice = slice(None),
+) -> Floats:
     """cos(g, R) for each record and slice against reference k, (b, s); 0 where undefined.
+
+    The block may hold some `columns` of the slices only.
 
     With `leave_one_out` a record that is part of R meets R without itself: for n records in R,
     d = ⟨g, R⟩ and s = ‖g‖²,
@@ -108,7 +122,8 @@ def cosines(block: SliceBlock, slices: GradientSlices, k: int, *, leave_one_out:
     """
     dots = block.dots[:, k].astype(np.float64)
     norms2 = block.norms2.astype(np.float64)
-    reference2 = np.broadcast_to(slices.reference_norms2[k].astype(np.float64), dots.shape)
+    own_reference2 = slices.reference_norms2[k, columns].astype(np.float64)
+    reference2 = np.broadcast_to(own_reference2, dots.shape)
     n = int(slices.reference_sizes[k])
     own = block.in_reference[:, k]
     if leave_one_out and own.any():
@@ -141,13 +156,24 @@ class CosineSums:
 
 
 def cosine_sums(
-    slices: GradientSlices, chosen: NDArray[np.bool_], k: int, leave_one_out: bool
-) -> CosineSums:
-    """Sum every slice's cosine with reference k over the chosen records."""
-    result = CosineSums(np.zeros(slices.reference_norms2.shape[1]), 0)
-    for rows, cosine in _cosines(slices, k, chosen, leave_one_out=leave_one_out):
-        result += CosineSums(cosine.sum(axis=0), len(rows))
-    return result
+    slices: GradientSlices, fits: Sequence[Fit], rule: Rule
+) -> list[tuple[CosineSums, CosineSums]]:
+    """Sum every slice's cosine with each fold's reference, over its members and non-members.
+
+    One pass over the slices, whatever the number of folds.
+    """
+    nothing = CosineSums(np.zeros(slices.reference_norms2.shape[1]), 0)
+    sums = [[nothing, nothing] for _ in fits]
+    for block in slices.blocks():
+        for k, fit in enumerate(fits):
+            if rule.leave_one_out and slices.reference_sizes[k] < 2:
+                continue
+            for side, chosen in enumerate((fit.members, fit.nonmembers)):
+                part = block.some(chosen[block.rows])
+                if len(part.rows):
+                    cosine = cosines(part, slices, k, leave_one_out=rule.leave_one_out)
+                    sums[k][side] += CosineSums(cosine.sum(axis=0), len(part.rows))
+    return [(members, nonmembers) for members, nonmembers in sums]
 
 
 def sensitive(axes: Sequence[SliceAxis], gaps: Floats, rule: Rule) -> NDArray[np.bool_]:
@@ -183,19 +209,3 @@ def keep(gaps: Floats, strategy: str, tau: float, q: float) -> NDArray[np.bool_]
             above[np.argsort(-gaps, kind="stable")[:_FEWEST_KEPT]] = True
         return above
     raise ValueError(f"unknown mask strategy {strategy!r}")
-
-
-def _cosines(
-    slices: GradientSlices, k: int, wanted: NDArray[np.bool_], *, leave_one_out: bool
-) -> Iterator[tuple[NDArray[np.int64], Floats]]:
-    """(rows, cosines) of the wanted records, a block at a time."""
-    for block in slices.blocks():
-        chosen = wanted[block.rows]
-        if chosen.any():
-            part = SliceBlock(
-                block.rows[chosen],
-                block.norms2[chosen],
-                block.dots[chosen],
-                block.in_reference[chosen],
-            )
-            yield part.rows, cosines(part, slices, k, leave_one_out=leave_one_out)
