@@ -15,6 +15,7 @@ __all__ = [
     "compare",
     "identify",
     "judge",
+    "plan",
     "probe",
     "write_report",
 ]
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lightleak.audits.identity import identify
     from lightleak.audits.judge import judge
     from lightleak.audits.membership import audit
+    from lightleak.audits.planning import plan
     from lightleak.audits.probing import probe
     from lightleak.report import report as write_report
     from lightleak.report.comparison import compare
@@ -33,6 +35,7 @@ _ROOMS = {
     "compare": ("lightleak.report.comparison", "compare"),
     "identify": ("lightleak.audits.identity", "identify"),
     "judge": ("lightleak.audits.judge", "judge"),
+    "plan": ("lightleak.audits.planning", "plan"),
     "probe": ("lightleak.audits.probing", "probe"),
     # Not `report`: that is the room itself, once it is imported.
     "write_report": ("lightleak.report", "report"),

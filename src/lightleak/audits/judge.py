@@ -192,14 +192,14 @@ def _verdict(
 ) -> Verdict:
     primary, own = findings[settings.primary], scores[settings.primary]
     data = compared(measured, own)
-    coverage = _coverage(run, data)
+    coverage = coverage_of(run, data)
     controls = judge_controls.control_scores(run, settings, measured)
     blind = SetTests(settings, settings.primary, blind_features(run, measured))
     tests = blind.given(
         *(values for values in controls.models.values() if controls.covers(values, data, settings))
     )
     residual = tests.residual(data)
-    validity = _validity(run, settings, data, residual)
+    validity = validity_of(run, settings, data, residual)
     _, test, _ = counting_test(settings.design, validity, settings.cutoffs)
     found = judge_controls.find(blind, measured, own, controls, test)
     validity = validity.model_copy(update={"controls": found})
@@ -324,7 +324,7 @@ def _curve(settings: AuditSettings, measured: Measured, scores: Floats) -> pa.Ta
     return pa.table({name: getattr(curve, name) for name in _CURVE})
 
 
-def _coverage(run: Run, data: Compared) -> Coverage:
+def coverage_of(run: Run, data: Compared) -> Coverage:
     unusable = read_table(run.evidence / "unusable.parquet")["id"].to_pylist()
     stored = read_table(run.evidence / "records.parquet", columns=["set"])["set"].to_pylist()
     bank = read_table(run.evidence / "bank.parquet")["id"].to_pylist()
@@ -362,7 +362,7 @@ def _detectable_auc(settings: AuditSettings, data: Compared) -> float | None:
     return smallest if np.isfinite(smallest) else None
 
 
-def _validity(
+def validity_of(
     run: Run, settings: AuditSettings, data: Compared, residual: Residual | None
 ) -> ValidityFinding:
     blind = read_json(run.evidence / "blind.json")

@@ -255,7 +255,7 @@ def _outlook(run: Run, settings: AuditSettings, sides: Sides) -> tuple[Power, tu
         np.array([sides.records[i].group or sides.records[i].id for i in rows]),
         rows,
     )
-    validity, coverage = judge._validity(run, settings, data, None), judge._coverage(run, data)
+    validity, coverage = judge.validity_of(run, settings, data, None), judge.coverage_of(run, data)
     prospects = []
     for design in sorted(_DESIGNS, key=lambda each: each != settings.design):
         found, missed = (
@@ -438,9 +438,9 @@ def gauge(shard: Shard, advance: Advance) -> Memory:
     batches = collect.plan(encoded, shard.plan.size, rows=engine is not None)
     largest = max(batches, key=lambda batch: len(batch) * batch[-1].n_tokens)
     try:
-        batch = memory._peak(target, engine, largest)
+        batch = memory.peak(target, engine, largest)
     except UnevenRows:
-        batch = memory._peak(target, engine, largest[-1:])
+        batch = memory.peak(target, engine, largest[-1:])
     held = (*target.model.parameters(), *target.model.buffers())
     return Memory(sum(each.nbytes for each in held), batch)
 
@@ -449,7 +449,7 @@ def _few(jobs: Sequence[Block | Shard | Scoring]) -> list[Block | Shard | Scorin
     """The job to be timed, its records drawn evenly from all; then what else must be there."""
     if isinstance(jobs[0], Block):
         blocks = cast(Sequence[Block], jobs)
-        folds = [list(fold) for _, fold in groupby(blocks, lambda each: each.file.stem[:-3])]
+        folds = [list(fold) for _, fold in groupby(blocks, lambda each: each.fold)]
         drawn = [[record for block in fold for record in block.records] for fold in folds]
         most = [min(_MOST, blocks[0].plan.shard), *[_FEWEST] * len(folds)]
         return [

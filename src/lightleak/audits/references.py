@@ -37,6 +37,7 @@ class Block:
 
     of: Pass
     plan: Plan
+    fold: int
     file: Path
     records: tuple[Record, ...]
 
@@ -107,6 +108,7 @@ def _blocks(of: Pass, plan: Plan, k: int, records: Sequence[Record]) -> list[Blo
         Block(
             of,
             plan,
+            k,
             of.folder / f"reference-block-{k:02d}-{b:02d}.safetensors",
             tuple(records[bounds[b] : bounds[b + 1]]),
         )
@@ -133,7 +135,8 @@ def _combine(of: Pass, plan: Plan, blocks: Sequence[Sequence[Block]]) -> list[li
         ids: list[str] = []
         for block in fold:
             part, among, _ = _read(block.file)
-            total = {name: total[name] + each if total else each for name, each in part.items()}
+            for name, each in part.items():  # None, where none of its records yields a gradient.
+                total[name] = total[name] + each if name in total else each
             ids += among
         if not ids:
             raise UserError("no gradient could be computed for any record of a reference")

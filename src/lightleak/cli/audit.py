@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,49 +144,15 @@ def audit(
 
     Example: lightleak audit --target ./model --suspect mine.jsonl --control others.jsonl --out run
     """
+    given = locals()
     del config
     from lightleak.audits import membership
     from lightleak.report import report
-    from lightleak.signals import parse_options
     from lightleak.validity import Verdict
 
     gates = [parse(each, Verdict) for each in fail_if or ()]
     verdict = membership.audit(
-        target=target,
-        adapter=adapter,
-        base=base,
-        suspect=suspect,
-        control=control,
-        out=out,
-        signals=_names(signals),
-        primary=primary,
-        protocol=protocol.value,
-        calibration_members=calibration_members,
-        calibration_nonmembers=calibration_nonmembers,
-        bank=bank,
-        design=design.value,
-        documentation=documentation,
-        control_target=control_target,
-        negative_controls=negative_controls,
-        blind_fields=tuple(blind_field or ()),
-        embeddings=embeddings,
-        options=parse_options(set_ or ()),
-        cutoffs={"alpha": alpha, **_cutoffs(cutoff or ())},
-        folds=folds,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        batch_size=None if batch_size == "auto" else _whole(batch_size),
-        workers=workers or None,
-        executor=executor.value,
-        ray_address=ray_address,
-        strict=strict,
-        drop_duplicates=drop_duplicates,
-        allow_outside=allow_outside,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        progress=Bars(),
-        command=" ".join(sys.argv),
+        **settings_of(given), out=out, progress=Bars(), command=" ".join(sys.argv)
     )
     page = report(out, show_images=show_images)
     show(verdict, page)
@@ -195,6 +162,31 @@ def audit(
             highlight=False,
         )
     finish(verdict, out, gates, junit, sarif)
+
+
+# Options that say where results go, and no setting of the audit.
+RESULTS = frozenset(("out", "show_images", "fail_if", "junit", "sarif"))
+
+
+def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of this command as settings of an audit."""
+    from lightleak.signals import parse_options
+
+    settings = {name: given[name] for name in given.keys() - RESULTS - {"config"}}
+    size, alpha = settings["batch_size"], settings.pop("alpha")
+    fields, options, cutoffs = (settings.pop(k) for k in ("blind_field", "set_", "cutoff"))
+    return {
+        **settings,
+        "signals": _names(settings["signals"]),
+        "protocol": settings["protocol"].value,
+        "design": settings["design"].value,
+        "executor": settings["executor"].value,
+        "workers": settings["workers"] or None,
+        "blind_fields": tuple(fields or ()),
+        "options": parse_options(options or ()),
+        "cutoffs": {"alpha": alpha, **_cutoffs(cutoffs or ())},
+        "batch_size": None if size == "auto" else _whole(size),
+    }
 
 
 def _names(signals: str) -> tuple[str, ...]:

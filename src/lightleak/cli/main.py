@@ -20,6 +20,7 @@ from lightleak.cli import (
     doctor,
     identify,
     lab,
+    plan,
     probe,
     report,
     signals,
@@ -39,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
 app.command("audit")(audit.audit)
 app.command("identify")(identify.identify)
 app.command("probe")(probe.probe)

@@ -66,10 +66,10 @@ def batch_size(
     tokens = most.tokens
     for record in _shortest_and_longest(sample):
         try:
-            alone = _peak(target, engine, [record])
+            alone = peak(target, engine, [record])
             if alone > free:
                 raise _too_large(target, f"needs {alone / 1e9:.2g} GB", free)
-            each = max(1, _peak(target, engine, [record] * 2) - alone)
+            each = max(1, peak(target, engine, [record] * 2) - alone)
         except UnevenRows:
             return BatchSize(1, most.tokens)
         except torch.OutOfMemoryError as error:
@@ -124,7 +124,7 @@ def _too_large(target: Target, need: str, free: float) -> UserError:
     )
 
 
-def _peak(target: Target, engine: GradientEngine | None, records: Sequence[EncodedRecord]) -> int:
+def peak(target: Target, engine: GradientEngine | None, records: Sequence[EncodedRecord]) -> int:
     """The most bytes that live at once in one step, beside the model and its inputs' originals."""
     kept = 0
     living = _Living(target)

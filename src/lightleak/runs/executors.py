@@ -269,7 +269,9 @@ class _Ray:
         except (ConnectionError, ValueError, RuntimeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"no Ray cluster could be joined ({lines[0]})", f"--ray-address {address}"
+                f"no Ray cluster could be joined ({lines[0]})",
+                f"--ray-address {address}",
+                "Is it running there? A cluster with tokens wants RAY_AUTH_MODE=token here, too.",
             ) from error
         there = ray.cluster_resources()
         accelerators = int(there.get("GPU", 0)) if spread else 0
