@@ -1,10 +1,11 @@
 """Every kernel gives the row and column readings of the gradient that autograd would form."""
 
+import time
+
 import pytest
 import torch
 
 from lightleak.evidence.gradients import kernels
-from lightleak.evidence.gradients.capture import capture
 from lightleak.evidence.gradients.kernels import MaskedReference, SliceReadings, masked_cosine_sum
 
 KERNELS = [kernels.batched, kernels.ghost, kernels.tiles]
@@ -87,75 +88,67 @@ def test_masked_cosines_equal_the_whole_ones():
         torch.testing.assert_close(found[i], expected)
 
 
-class TestCapture:
+def test_masked_cosines_of_no_rows_and_of_a_vector():
+    torch.manual_seed(2)
+    inputs, grads = torch.randn(2, 5, 6).double(), torch.ones(2, 5, 1).double()
+    reference, nothing = torch.randn(6).double(), torch.tensor([], dtype=torch.int64)
+    whole = MaskedReference.keep(reference, torch.tensor([0]))
+    expected = torch.nn.functional.cosine_similarity(inputs.sum(1), reference, dim=1)
+    torch.testing.assert_close(masked_cosine_sum(inputs, grads, whole), expected)
+    assert len(whole) == 1
+    none = MaskedReference.keep(reference, nothing)
+    assert masked_cosine_sum(inputs, grads, none).tolist() == [0, 0]
+
+
+class TestChoosing:
+    """Timing happens on accelerators only; what it does needs none."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_chosen(self, monkeypatch):
+        monkeypatch.setattr(kernels, "_chosen", {})
+
     @pytest.fixture
-    def model(self):
+    def given(self):
+        return torch.randn(2, 5, 7), torch.randn(2, 5, 4), torch.randn(1, 4, 7)
+
+    def test_a_kernel_that_disagrees_or_fails_is_never_chosen(self, given):
+        def wrong(inputs, grads, references):
+            return kernels.tiles(inputs, 1.01 * grads, references)
+
+        def failing(*_):
+            raise RuntimeError("not on this device")
+
+        candidates = {"wrong": wrong, "failing": failing}
+        assert kernels.fastest(candidates, *given) is kernels.tiles
+        assert list(kernels.choices().values()) == ["tiles"]
+
+    def test_the_faster_one_is_chosen_and_shapes_alike_share_it(self, given, monkeypatch):
+        def cheap(*_):
+            return found
+
+        def slow(*arguments):
+            time.sleep(0.01)
+            return original(*arguments)
+
+        original, found = kernels.tiles, kernels.tiles(*given)
+        monkeypatch.setattr(kernels, "tiles", slow)
+        assert kernels.fastest({"cheap": cheap}, *given) is cheap
+        kernels.fastest({"cheap": cheap}, given[0][:, :, :], given[1], given[2])
+        assert list(kernels.choices().values()) == ["cheap"]
+
+    def test_a_stored_choice_is_taken_without_timing(self, given):
+        kernels.fastest({}, *given)
+        (key,) = kernels.choices()
+        kernels.prefer({key: "ghost"})
+        assert kernels.fastest({"ghost": kernels.ghost}, *given) is kernels.ghost
+
+    def test_half_precision_products_without_wider_sums_are_not_used(self):
+        """bfloat16 inputs are read to float32's precision, not to bfloat16's."""
         torch.manual_seed(0)
-        return torch.nn.Sequential(
-            torch.nn.Linear(5, 6), torch.nn.GELU(), torch.nn.Linear(6, 3)
-        ).requires_grad_(False)
-
-    def gradients(self, model, names, x, **kwargs):
-        modules = {name: model.get_submodule(name) for name in names}
-        found = {}
-
-        def consume(name, inputs, grads):
-            found[name] = grads.flatten(0, -2).T @ inputs.flatten(0, -2)
-
-        with capture(modules, consume, x.device) as collector:
-            loss = kwargs.get("run", model)(x).square().sum()
-            torch.autograd.backward(loss)
-            collector.flush()
-        return found
-
-    def expected(self, model, names, x, run=None):
-        model.requires_grad_(True)
-        (run or model)(x).square().sum().backward()
-        result = {name: model.get_submodule(name).weight.grad.clone() for name in names}
-        model.zero_grad()
-        model.requires_grad_(False)
-        return result
-
-    def test_gives_the_weight_gradient_of_frozen_layers(self, model):
-        x = torch.randn(4, 5)
-        found = self.gradients(model, ["0", "2"], x)
-        for name, gradient in self.expected(model, ["0", "2"], x).items():
-            torch.testing.assert_close(found[name], gradient)
-        assert all(parameter.grad is None for parameter in model.parameters())
-
-    def test_a_layer_used_twice_is_one_gradient(self, model):
-        layer = torch.nn.Linear(5, 5).requires_grad_(False)
-        model = torch.nn.Sequential(layer, torch.nn.Tanh(), layer)
-        x = torch.randn(4, 5)
-        found = self.gradients(model, ["0"], x)
-        torch.testing.assert_close(found["0"], self.expected(model, ["0"], x)["0"])
-
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_holds_under_gradient_checkpointing(self, model, reentrant):
-        from torch.utils.checkpoint import checkpoint
-
-        x = torch.randn(4, 5, requires_grad=True)
-
-        def run(value):
-            return checkpoint(model, value, use_reentrant=reentrant)
-
-        found = self.gradients(model, ["0", "2"], x, run=run)
-        for name, gradient in self.expected(model, ["0", "2"], x, run=run).items():
-            torch.testing.assert_close(found[name], gradient)
-
-    def test_the_backward_pass_stops_at_the_first_selected_layer(self, model):
-        needed = []
-        model[2].register_forward_pre_hook(lambda _, given: needed.append(given[0].requires_grad))
-        found = self.gradients(model, ["2"], torch.randn(4, 5))
-        assert set(found) == {"2"}
-        assert needed == [False]
-
-    def test_restores_the_model_after_an_error(self, model):
-        before = model(torch.ones(1, 5))
-        with (
-            pytest.raises(RuntimeError, match="mine"),
-            capture({"0": model[0]}, lambda *_: None, torch.device("cpu")),
-        ):
-            raise RuntimeError("mine")
-        assert "forward" not in vars(model[0])
-        torch.testing.assert_close(model(torch.ones(1, 5)), before)
+        inputs, grads = (torch.randn(2, 20, size).bfloat16() for size in (300, 400))
+        references = torch.randn(1, 400, 300)
+        found = kernels.read(inputs, grads, references)
+        assert found.row_norms2.dtype == torch.float32
+        exact = plain(inputs.double(), grads.double(), references.double())
+        for one, other in zip(parts(found), parts(exact), strict=True):
+            assert (one - other).abs().max() < 1e-5 * other.abs().max()

@@ -6,23 +6,21 @@ and inner products of every slice) and `score` (cosines of the kept slices only)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from lightleak.evidence.gradients.capture import Consumer, capture
-from lightleak.evidence.gradients.kernels import (
-    MaskedReference,
-    SliceReadings,
-    masked_cosine_sum,
-    of_gradients,
-    read,
-)
+from lightleak.evidence.gradients.capture import Pieces, capture
+from lightleak.evidence.gradients.forms import Gradients, Whole, of_pieces
+from lightleak.evidence.gradients.kernels import MaskedReference, SliceReadings
 from lightleak.evidence.gradients.rows import UnevenRows, by_record
 from lightleak.evidence.gradients.select import Selection
 from lightleak.targets import Batch, Outputs, Target
+
+Consumer = Callable[[str, Gradients], None]
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class BatchReadings:
 
     Attributes:
         outputs: what the model said, without its graph.
-        matrix_norms: (n, m) gradient norms by matrix.
-        norms2: (n, s) squared norms of all slices, rows then columns of each matrix.
+        matrix_norms: (n, m) gradient norms by parameter.
+        norms2: (n, s) squared norms of all slices, as `slice_axes` lays them out.
         dots: (n, k, s) inner products with the k references.
     """
 
@@ -53,20 +51,19 @@ class GradientEngine:
     target: Target
     selection: Selection
     # Rows a record takes in a layer, by batch shape: learned from batches of one.
-    _rows: dict[tuple[object, str], int] = field(default_factory=dict)
+    _rows: dict[tuple[object, str], Fraction] = field(default_factory=dict)
 
     @property
     def one_by_one(self) -> bool:
         """Whether some selected parameter can only be read from a batch of one."""
         return bool(self.selection.dense)
 
-    def step(self, batch: Batch, consume: Consumer, consume_dense: Consumer) -> Outputs:
+    def step(self, batch: Batch, consume: Consumer) -> Outputs:
         """Forward and backward.
 
         Args:
             batch: the records.
-            consume: takes (name, A (n, T, in), B (n, T, out)) for each captured matrix.
-            consume_dense: takes (name, G (1, out, in), G) for each other matrix.
+            consume: takes each selected parameter's name and the records' gradients at it.
 
         Returns:
             What the model said, without its graph.
@@ -77,10 +74,15 @@ class GradientEngine:
         """
         if self.one_by_one and len(batch) > 1:
             raise UnevenRows
+        wide = self.target.wide
 
-        def deal(name: str, inputs: Tensor, grads: Tensor) -> None:
-            consume(name, self._by_record(name, inputs, batch), self._by_record(name, grads, batch))
+        def captured(name: str, pieces: Pieces) -> None:
+            consume(name, of_pieces(pieces, self._matrix(name)[0], wide))
 
+        def deal(module: str, rows: Tensor) -> Tensor:
+            return by_record(module, rows, batch, self._rows)
+
+        uses = self.selection.uses
         parameters = dict(self.target.model.named_parameters())
         dense = {name: parameters[name] for name in self.selection.dense}
         try:
@@ -88,18 +90,17 @@ class GradientEngine:
                 parameter.requires_grad_(True)
             with (
                 torch.enable_grad(),
-                capture(self.selection.modules, deal, self.target.device) as collector,
+                capture(uses, captured, deal, len(batch), self.target.device) as collector,
             ):
                 outputs = self.target.outputs(batch)
                 losses = outputs.losses
                 if not bool(torch.isfinite(losses).all()):
                     raise FloatingPointError("its loss is not finite")
-                torch.autograd.backward(losses.sum())
-                collector.flush()
+                collector.backward(losses.sum())
             for name, parameter in dense.items():
                 if parameter.grad is not None:
-                    whole = parameter.grad.reshape(1, parameter.shape[0], -1).to(self.target.wide)
-                    consume_dense(name, whole, whole)
+                    whole = parameter.grad.reshape(1, *self._matrix(name))
+                    consume(name, Whole(whole.to(wide)))
         finally:
             for parameter in dense.values():
                 parameter.requires_grad_(False)
@@ -107,16 +108,13 @@ class GradientEngine:
         return outputs.detach()
 
     def add_gradients(self, batch: Batch, sums: dict[str, Tensor]) -> None:
-        """Add the records' gradients to `sums` (name → (out, in)), wholly or not at all."""
+        """Add the records' gradients to `sums` (name → shape), wholly or not at all."""
         found: dict[str, Tensor] = {}
 
-        def consume(name: str, inputs: Tensor, grads: Tensor) -> None:
-            found[name] = grads.flatten(0, 1).T @ inputs.flatten(0, 1)
+        def consume(name: str, gradients: Gradients) -> None:
+            found[name] = gradients.total().reshape(self.selection.shapes[name])
 
-        def consume_dense(name: str, whole: Tensor, _: Tensor) -> None:
-            found[name] = whole[0]
-
-        self.step(batch, consume, consume_dense)
+        self.step(batch, consume)
         if not all(bool(torch.isfinite(value).all()) for value in found.values()):
             raise FloatingPointError("its gradient is not finite")
         for name, value in found.items():
@@ -126,29 +124,21 @@ class GradientEngine:
                 sums[name] = value
 
     def read(self, batch: Batch, references: Mapping[str, Tensor]) -> BatchReadings:
-        """Norms of every slice, and inner products with `references` (name → (k, out, in))."""
+        """Norms of every slice, and inner products with `references` (name → (k, *shape))."""
         found: dict[str, SliceReadings] = {}
         k = len(next(iter(references.values()))) if references else 0
+        like = torch.empty(0, dtype=self.target.wide, device=self.target.device)
 
-        def reference(name: str, like: Tensor) -> Tensor:
-            return (
-                references[name] if references else like.new_zeros(0, *self.selection.shapes[name])
-            )
+        def consume(name: str, gradients: Gradients) -> None:
+            given = references[name] if references else like
+            found[name] = gradients.read(given.reshape(k, *self._matrix(name)))
 
-        def consume(name: str, inputs: Tensor, grads: Tensor) -> None:
-            found[name] = read(inputs, grads, reference(name, inputs))
-
-        def consume_dense(name: str, whole: Tensor, _: Tensor) -> None:
-            found[name] = of_gradients(whole, reference(name, whole))
-
-        outputs = self.step(batch, consume, consume_dense)
-        n, device = len(batch), self.target.device
+        outputs = self.step(batch, consume)
         norms, dots, totals = [], [], []
-        for name, (out, inp) in self.selection.shapes.items():
-            like = torch.empty(0, dtype=self.target.wide, device=device)
-            one = found.get(name) or SliceReadings.empty(n, k, out, inp, like)
-            norms += [one.row_norms2, one.column_norms2]
-            dots += [one.row_dots, one.column_dots]
+        for name, shape in self.selection.shapes.items():
+            one = found.get(name) or SliceReadings.empty(len(batch), k, *self._matrix(name), like)
+            norms += [one.row_norms2, one.column_norms2][: len(shape)]
+            dots += [one.row_dots, one.column_dots][: len(shape)]
             totals.append(one.row_norms2.sum(1).sqrt())
         readings = BatchReadings(
             outputs, torch.stack(totals, 1), torch.cat(norms, 1), torch.cat(dots, 2)
@@ -160,26 +150,23 @@ class GradientEngine:
     def score(self, batch: Batch, kept: Mapping[str, MaskedReference]) -> Tensor:
         """Mean cosine over the kept slices, (n,); NaN where nothing is kept."""
         total = torch.zeros(len(batch), dtype=self.target.wide, device=self.target.device)
-        count = sum(len(each.rows) + len(each.columns) for each in kept.values())
+        count = sum(map(len, kept.values()))
 
-        def consume(name: str, inputs: Tensor, grads: Tensor) -> None:
+        def consume(name: str, gradients: Gradients) -> None:
             if name in kept:
-                total.add_(masked_cosine_sum(inputs, grads, kept[name]))
+                total.add_(gradients.cosine_sum(kept[name]))
 
-        def consume_dense(name: str, whole: Tensor, _: Tensor) -> None:
-            if name in kept:
-                eye = torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)[None]
-                total.add_(masked_cosine_sum(whole, eye, kept[name]))
-
-        self.step(batch, consume, consume_dense)
+        self.step(batch, consume)
         return total / count if count else total.fill_(torch.nan)
 
     def unreached(self, batches: Sequence[Batch]) -> set[str]:
-        """Selected matrices that no record of these batches sends a gradient to."""
+        """Selected parameters that no record of these batches sends a gradient to."""
         reached: set[str] = set()
         for batch in batches:
-            self.step(batch, lambda name, *_: reached.add(name), lambda name, *_: reached.add(name))
+            self.step(batch, lambda name, _: reached.add(name))
         return set(self.selection.shapes) - reached
 
-    def _by_record(self, name: str, rows: Tensor, batch: Batch) -> Tensor:
-        return by_record(name, rows, batch, self._rows).to(self.target.wide)
+    def _matrix(self, name: str) -> tuple[int, int]:
+        """(out, in) of a parameter; a vector is one row."""
+        *out, size = self.selection.shapes[name]
+        return (out[0] if out else 1), size
