@@ -22,8 +22,8 @@ from torch import Tensor
 
 _SMALL_MATRIX = 64 * 1024
 _FEW_TOKENS = 32
-# Numbers in a tile and the references beside it: with their products they fill 1.5 MB of cache.
-_TILE_ELEMENTS = 192 * 1024
+# Numbers in a tile: with its product and the reference beside it, 1.2 MB of cache.
+_TILE_ELEMENTS = 96 * 1024
 # An accelerator keeps nothing in cache that long, but a launch has to be worth its while.
 _ACCELERATOR_ELEMENTS = 32 * 1024 * 1024
 # Largest difference from `tiles`, relative to the largest number, and how often each is timed.
@@ -210,45 +210,47 @@ def _gram_times(inputs: Tensor, grads: Tensor) -> Tensor:
 def tiles(inputs: Tensor, grads: Tensor, references: Tensor) -> SliceReadings:
     """Form G a block of rows at a time in one reused buffer."""
     inputs, grads = inputs.to(references), grads.to(references)
-    n, k = len(inputs), len(references)
-    rows = inputs.new_empty(n, k + 1, grads.shape[2])
-    columns = inputs.new_zeros(n, k + 1, 1, inputs.shape[2])
-    by_record = columns.unbind()
-    for block, tiles_of in _products(inputs, grads, references):
-        ones = inputs.new_ones(k + 1, 1, block.stop - block.start)
-        for row, column, products in zip(
-            rows[:, :, block].unbind(), by_record, tiles_of, strict=True
-        ):
-            torch.sum(products, 2, out=row)
-            column.baddbmm_(ones, products)
-    columns = columns.squeeze(2)
-    return SliceReadings(rows[:, k], columns[:, k], rows[:, :k], columns[:, :k])
+    k, out, inp = references.shape
+    result = SliceReadings.empty(len(inputs), k, out, inp, references)
+    columns2 = result.column_norms2[:, None].unbind()
+    columns = [each.unbind() for each in result.column_dots[:, :, None].unbind()]
+    for block, tiles_of, product in _blocks(inputs, grads, inp):
+        ones = references.new_ones(1, block.stop - block.start)
+        beside = references[:, block].unbind()
+        rows2 = result.row_norms2[:, block].unbind()
+        rows = [each.unbind() for each in result.row_dots[:, :, block].unbind()]
+        for i, tile in enumerate(tiles_of):
+            for j, reference in enumerate(beside):
+                torch.mul(tile, reference, out=product)
+                torch.sum(product, 1, out=rows[i][j])
+                columns[i][j].addmm_(ones, product)
+            tile.square_()
+            torch.sum(tile, 1, out=rows2[i])
+            columns2[i].addmm_(ones, tile)
+    return result
 
 
-def _products(
-    inputs: Tensor, grads: Tensor, references: Tensor
-) -> Iterator[tuple[slice, Iterator[Tensor]]]:
-    """For each block of rows of G, each record's (k + 1, rows, in): G∘R for each R, and G∘G.
+def _blocks(
+    inputs: Tensor, grads: Tensor, inp: int
+) -> Iterator[tuple[slice, Iterator[Tensor], Tensor]]:
+    """For each block of rows of G: which, each record's tile (rows, in), and room for a product.
 
     What is yielded is overwritten by the next.
     """
-    k, out, inp = references.shape
-    blocks = -(-out * (k + 1) * inp // _elements(inputs.device))
-    height = -(-out // min(out, blocks)) if out else 1
-    beside, products = references.new_empty(2, k + 1, height, inp)
+    out = grads.shape[2]
+    count = -(-out * inp // _elements(inputs.device))
+    height = -(-out // min(out, count)) if out else 1
+    tile_room, product_room = inputs.new_empty(2, height, inp)
     for start in range(0, out, height):
         block = slice(start, min(start + height, out))
-        # The tile itself is the last of its references: one product yields dots and squares.
-        factors, product = (each[:, : block.stop - start] for each in (beside, products))
-        factors[:k] = references[:, block]
-        yield block, _of_tiles(inputs, grads[:, :, block].mT, factors, product)
+        tile, product = (each[: block.stop - start] for each in (tile_room, product_room))
+        yield block, _of_records(inputs, grads[:, :, block].mT, tile), product
 
 
-def _of_tiles(inputs: Tensor, grads: Tensor, factors: Tensor, product: Tensor) -> Iterator[Tensor]:
-    tile = factors[-1]
+def _of_records(inputs: Tensor, grads: Tensor, tile: Tensor) -> Iterator[Tensor]:
     for a, b in zip(inputs.unbind(), grads.unbind(), strict=True):
         torch.mm(b, a, out=tile)
-        yield torch.mul(factors, tile, out=product)
+        yield tile
 
 
 def _elements(device: torch.device) -> int:
@@ -307,11 +309,15 @@ def masked_cosine_sum(inputs: Tensor, grads: Tensor, reference: MaskedReference)
 
 
 def _row_cosines(inputs: Tensor, grads: Tensor, units: Tensor) -> Tensor:
-    sums = inputs.new_empty(len(inputs), 2, len(units))
-    for block, tiles_of in _products(inputs, grads, units[None]):
-        for row, products in zip(sums[:, :, block].unbind(), tiles_of, strict=True):
-            torch.sum(products, 2, out=row)
-    return cosines_of(*sums.unbind(1)).sum(1)
+    dots, norms = inputs.new_empty(2, len(inputs), len(units))
+    for block, tiles_of, product in _blocks(inputs, grads, units.shape[1]):
+        beside = units[block]
+        rows, lengths = dots[:, block].unbind(), norms[:, block].unbind()
+        for i, tile in enumerate(tiles_of):
+            torch.mul(tile, beside, out=product)
+            torch.sum(product, 1, out=rows[i])
+            torch.linalg.vector_norm(tile, dim=1, out=lengths[i])
+    return torch.where(norms > 0, dots / norms, 0.0).sum(1)
 
 
 def cosines(slices: Tensor, units: Tensor) -> Tensor:
