@@ -19,7 +19,7 @@ from lightleak.audits.models import Description, Model, made
 from lightleak.audits.settings import AuditSettings
 from lightleak.errors import UserError
 from lightleak.evidence import collect
-from lightleak.evidence.gradients import GradientEngine, select
+from lightleak.evidence.gradients import GradientEngine, kernels, select
 from lightleak.evidence.memory import batch_size
 from lightleak.evidence.pairs import PairReader
 from lightleak.evidence.readings import (
@@ -114,6 +114,7 @@ class Plan:
         unreached: selected matrices that no gradient reaches.
         one_by_one: matrices that can only be read from one record at a time.
         shapes: of the matrices that are read.
+        kernels: what was chosen by timing on an accelerator, by shape.
     """
 
     size: collect.BatchSize
@@ -122,6 +123,7 @@ class Plan:
     unreached: tuple[str, ...]
     one_by_one: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    kernels: Mapping[str, str]
 
     @staticmethod
     def stored(folder: Path) -> Plan | None:
@@ -138,6 +140,7 @@ class Plan:
                 tuple(content["unreached"]),
                 tuple(content["one_by_one"]),
                 {name: tuple(shape) for name, shape in content["shapes"].items()},
+                content["kernels"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError("it is damaged", str(file), "Give --out another folder.") from error
@@ -235,6 +238,7 @@ def load_pass(of: Pass, plan: Plan, *, compared: bool) -> Opened:
     """The pass with its model, not kept."""
     target = _with_bank(of)
     engine = None
+    kernels.prefer(plan.kernels)
     if of.matrices is not None:
         selection = select(target, of.matrices).without(set(plan.unreached))
         engine = GradientEngine(target, selection)
@@ -313,6 +317,7 @@ def check(job: Check, advance: Advance) -> Plan:
         tuple(sorted(checked.unreached)),
         tuple(checked.one_by_one),
         shapes,
+        kernels.choices(),
     )
     plan.store(of.folder)
     advance(1)

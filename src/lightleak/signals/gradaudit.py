@@ -35,7 +35,7 @@ def gradaudit(
     slices: GradientSlices,
     fits: Sequence[Fit],
     *,
-    matrices: Literal["auto", "last3", "all", "lora", "lora_last3"] = "auto",
+    matrices: Literal["auto", "last3", "all", "everything", "lora", "lora_last3"] = "auto",
     mask: Mask = "auto",
     tau: float = 0.10,
     q: float | None = None,
