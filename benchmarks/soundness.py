@@ -53,7 +53,8 @@ from lightleak.lab import corpora
 from lightleak.lab.models import IMAGE_SIDE
 from lightleak.records import Record, assign_folds, load
 from lightleak.runs import Run, read_json, write_json, write_table
-from lightleak.runs.jobs import each
+from lightleak.runs.executors import executor
+from lightleak.runs.progress import Advance
 from lightleak.statistics import clopper_pearson
 from lightleak.validity.blind_features import BlindFeatures, blind_features
 from lightleak.validity.duplicates import find_duplicates
@@ -301,8 +302,9 @@ class Job:
         return self.folder / f"done-{self.situation:02d}-{self.start:05d}.json"
 
 
-def perform(job: Job) -> None:
+def perform(job: Job, advance: Advance) -> None:
     """Run a job's audits, unless they are done."""
+    advance(1)
     if job.file.is_file():
         return
     judge_controls.HALVES.update(permutation=0, residual=0)
@@ -423,7 +425,8 @@ def main() -> None:
         done += count
         print(f"{done} of {len(jobs)} jobs, {time.monotonic() - started:.0f} s", flush=True)
 
-    each(jobs, perform, given.workers, advance)
+    with executor(workers=given.workers) as these:
+        these.map(perform, jobs, advance)
     rows = {
         place: [
             row for job in jobs if job.situation == place for row in read_json(job.file)["rows"]

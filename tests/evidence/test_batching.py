@@ -132,8 +132,8 @@ class TestBatchSize:
         encoded = collect.encode(target, many).records
         fits = max(collect.plan(encoded, size), key=len)
         assert len(fits) > 1
-        assert memory._peak(target, engine, fits) < free
-        assert memory._peak(target, engine, fits * 4) > free * 0.6
+        assert memory.peak(target, engine, fits) < free
+        assert memory.peak(target, engine, fits * 4) > free * 0.6
 
     def test_half_the_memory_gives_half_the_tokens(self, target, engine, many, monkeypatch):
         sizes = [

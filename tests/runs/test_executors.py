@@ -105,6 +105,16 @@ def test_no_process_outlives_a_caller_that_was_killed(kind, tmp_path):
     assert wait_for(lambda: not any(alive(pid) for pid in workers))
 
 
+def test_an_interrupt_ends_at_once_and_says_nothing_but_itself(tmp_path):
+    program = PROGRAM.replace("range(10)", "range(10_000)")
+    caller = start("local", tmp_path, program, stderr=subprocess.PIPE)
+    workers = [int(wait_for(lambda n=name: read(tmp_path / f"{n}.log"))[0]) for name in "ab"]
+    os.killpg(caller.pid, signal.SIGINT)
+    said = caller.communicate(timeout=20)[1]
+    assert said.count("Traceback") == said.count("KeyboardInterrupt") == 1
+    assert not any(alive(pid) for pid in workers)
+
+
 def test_ray_that_is_not_there_is_one_line():
     with (
         pytest.raises(UserError, match="no Ray cluster could be joined"),
@@ -113,11 +123,15 @@ def test_ray_that_is_not_there_is_one_line():
         pass
 
 
-def start(kind, folder):
+def start(kind, folder, content=PROGRAM, **streams):
     program = folder / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(content)
     return subprocess.Popen(
-        [sys.executable, program, kind, folder], stdout=subprocess.PIPE, text=True
+        [sys.executable, program, kind, folder],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **streams,
     )
 
 

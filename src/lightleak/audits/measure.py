@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from lightleak.audits.calibration import score_kept, take
@@ -50,9 +51,10 @@ def measure(of: Pass, sides: Sides, progress: Progress, executor: Executor) -> N
         with progress.stage(f"Checking the model{what}", 1) as advance:
             (plan,) = executor.map(check, [first], advance)
     if plan.one_by_one:
+        names = ", ".join(plan.one_by_one[:2]) + " …" * (len(plan.one_by_one) > 2)
         progress.note(
-            f"Records go one at a time: {len(plan.one_by_one)} of the matrices can be read in no "
-            f"other way, {plan.one_by_one[0]} first."
+            f"Records go one at a time, which is slow: {names} can be read in no other way. "
+            "gradaudit.matrices chooses others."
         )
     inside: list[set[str]] = []
     if of.slices:
@@ -94,7 +96,7 @@ class Shard:
     fits: tuple[Fit, ...] | None
 
     @property
-    def failures(self) -> Any:
+    def failures(self) -> Path:
         """Where the shard's failures go."""
         return self.of.folder / f"failed-{self.index:05d}.parquet"
 
@@ -163,7 +165,7 @@ def _decides(of: Pass, sides: Sides) -> dict[str, Any]:
     settings, model = of.settings, of.description
     crossed = settings.protocol == "crossfit" and of.matrices is not None
     needs = settings.needs()
-    bank = {"bank": [settings.bank_size, settings.seed]} if of.banked else {}
+    bank = {"bank or seed": [settings.bank_size, settings.seed]} if of.banked else {}
     return {
         "evidence version": 2,
         **{f"version of {name}": metadata.version(name) for name in _CODE},
@@ -176,7 +178,7 @@ def _decides(of: Pass, sides: Sides) -> dict[str, Any]:
         "protocol": settings.protocol,
         "signals' needs": sorted(each.__name__ for each in needs),
         "gradaudit.matrices": of.matrices,
-        "folds": [settings.folds, settings.seed] if crossed else None,
+        "folds or seed": [settings.folds, settings.seed] if crossed else None,
         "dropped duplicates": settings.drop_duplicates,
         "embeddings": settings.embeddings,
         "evidence limit": settings.evidence_limit if GradientSlices in needs else None,

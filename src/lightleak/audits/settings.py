@@ -80,7 +80,8 @@ class TargetSettings(BaseModel):
                 where = _CUTOFFS.get(" ".join(inner), f"--cutoff {' '.join(inner)}")
             message = str(first["msg"]).removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                known = Cutoffs.model_fields if inner else cls.model_fields
+                close = difflib.get_close_matches(inner[0] if inner else name, known, n=1, cutoff=0)
                 message = "there is no such setting"
                 message += f"; did you mean {close[0]}?" if close else ""
             raise UserError(message, where if first["loc"] else "") from error
@@ -117,6 +118,12 @@ class SharedSettings(TargetSettings):
     workers: int | None = Field(1, ge=1)
     executor: Literal["local", "ray"] = "local"
     ray_address: str | None = None
+
+    @model_validator(mode="after")
+    def _addressed(self) -> Self:
+        if self.ray_address is not None and self.executor != "ray":
+            raise ValueError("an address of a Ray cluster belongs to --executor ray")
+        return self
 
     def executor_of(self) -> AbstractContextManager[Executor]:
         """What does the jobs of the run."""

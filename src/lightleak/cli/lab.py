@@ -63,3 +63,12 @@ def build(
         path = getattr(made, name)
         if path is not None:
             output.print(f"{name:<11}{path}", markup=False, highlight=False, soft_wrap=True)
+    if recipe not in {"faces", "vqa"}:
+        adapter = f" --adapter {made.adapter}" if made.adapter else ""
+        output.print(
+            f"\nlightleak audit --target {made.target}{adapter} --suspect {made.members} "
+            f"--control {made.nonmembers} --out run",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -32,12 +32,12 @@ def plan(json: Path | None, **given: Any) -> None:
     from lightleak.runs import write_json
 
     forecast = planning.plan(**audit.settings_of(given), progress=Bars())
+    show(forecast)
     if json is not None:
         content = {**asdict(forecast), "seconds": forecast.seconds}
         for step, each in zip(content["steps"], forecast.steps, strict=True):
             step["seconds"] = each.seconds(forecast.workers)
         write_json(json, content)
-    show(forecast)
 
 
 def _options() -> Iterator[inspect.Parameter]:
@@ -72,7 +72,8 @@ def show(forecast: Forecast) -> None:
     output.print(_steps(forecast), highlight=False, markup=False)
     _say(
         f"Estimated from at most {max(each.tried for each in forecast.steps)} records a step. "
-        "Scoring and testing come on top: seconds, or minutes for many thousand records."
+        "Starting (seconds a process), scoring and testing (minutes for many thousand records) "
+        "come on top."
     )
     held = forecast.memory
     _say(
@@ -120,6 +121,9 @@ def _power(forecast: Forecast) -> None:
         asked = float(auc) == round(power.asked, 2)
         table.add_row(auc, f"{count:,}", "◂ asked for “no evidence”" if asked else "")
     output.print(table, highlight=False)
+    enough = power.needed[f"{power.asked:.2f}"]
+    if min(power.suspect_groups, power.control_groups) < enough:
+        _say(f"“No evidence” is out of reach: it takes {enough:,} independent records a side.")
     _say("")
 
 

@@ -18,8 +18,9 @@ class Where(StrEnum):
 Workers = Annotated[
     int | None,
     typer.Option(
+        min=0,
         help="Processes at once, one thread and at most one accelerator each; 0 takes one for "
-        "each accelerator, or each core where there is none."
+        "each accelerator, or each core where there is none.",
     ),
 ]
 Executor = Annotated[

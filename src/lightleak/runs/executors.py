@@ -10,12 +10,15 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
+import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol, TypeVar
 
 from lightleak.errors import UserError
@@ -87,15 +90,17 @@ def executor(
             cluster.close()
         return
     visible = _accelerators() if spread and workers != 1 else []
-    count = workers or len(visible) or os.cpu_count() or 1
+    count = workers or len(visible) or _cores()
     if count == 1:
         yield _Here()
         return
     lanes = _Local(count, visible)
     try:
         yield lanes
-    finally:
-        lanes.close()
+    except BaseException as error:
+        lanes.close(at_once=not isinstance(error, Exception))  # Who interrupts will not wait.
+        raise
+    lanes.close()
 
 
 class _Here:
@@ -150,9 +155,9 @@ class _Local:
             raise failed[min(failed)]
         return [results[index] for index in range(len(jobs))]
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         for lane in self._lanes:
-            lane.close()
+            lane.close(at_once=at_once)
 
 
 class _Lane:
@@ -168,11 +173,13 @@ class _Lane:
 
     def start(self, perform: Perform[Job, Result], job: Job) -> Future[Result]:
         if self._pool is None:
-            start = (self._count, self._visible)
+            leash, self._leash = self._context.Pipe(duplex=False)
+            start = (self._count, self._visible, leash)
             self._pool = ProcessPoolExecutor(1, self._context, _prepared, start)
         self._before = self._known
         try:
-            return self._pool.submit(_perform, perform, job)
+            with _deaf():
+                return self._pool.submit(_perform, perform, job)
         except BrokenProcessPool:  # It died between two jobs.
             self.revive()
             return self.start(perform, job)
@@ -190,22 +197,38 @@ class _Lane:
         self._count.value = self._known = self._before
         return lost
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         if self._pool is not None:
+            if at_once:
+                self._leash.close()
             self._pool.shutdown(wait=True, cancel_futures=True)
+            self._leash.close()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started here does not hear Ctrl-C: the caller does, and ends it without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _count: Any = None
 
 
-def _prepared(count: Any, visible: str | None) -> None:
+def _prepared(count: Any, visible: str | None, leash: Connection) -> None:
     """One thread, since so many processes share the cores; and no longer life than the caller's."""
     global _count
     _count = count
     os.environ["OMP_NUM_THREADS"] = "1"
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    threading.Thread(target=_end_with_caller, daemon=True).start()
+    threading.Thread(target=_end_with_caller, args=(leash,), daemon=True).start()
 
 
 def _perform(perform: Perform[Job, Result], job: Job) -> Result:
@@ -217,12 +240,17 @@ def _tell(done: int) -> None:
         _count.value += done
 
 
-def _end_with_caller() -> None:
+def _end_with_caller(leash: Connection) -> None:
     """A caller that was killed must leave nobody behind who writes where the next one does."""
-    caller = multiprocessing.parent_process()
-    if caller is not None:
-        caller.join()
-        os._exit(1)
+    leash.poll(None)  # Nothing is ever sent: it has been let go of.
+    os._exit(1)
+
+
+def _cores() -> int:
+    """Cores that this process may use; a batch system gives it some of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _accelerators() -> list[str]:
@@ -263,10 +291,11 @@ class _Ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Nothing leaves this machine.
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         try:
+            _knock(address)
             ray.init(
                 address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
                 f"no Ray cluster could be joined ({lines[0]})",
@@ -316,6 +345,13 @@ class _Ray:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray tries an address for minutes; whether anybody answers shows at once."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 class _Actor:

@@ -40,7 +40,9 @@ class Run:
                 run.evidence.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"the run folder cannot be written ({error.strerror})", str(folder)
+                f"the run folder cannot be written ({error.strerror})",
+                str(folder),
+                "Give --out a folder that can be.",
             ) from error
         if strangers:
             raise UserError(
@@ -204,7 +206,7 @@ class EvidenceStore:
                 raise UserError(
                     f"its evidence was made with another {', '.join(sorted(changed))}",
                     str(folder.parent),
-                    "Give --out another folder, or delete this one.",
+                    "Give the same again to go on, or --out another folder.",
                 )
         else:
             write_json(file, {"sha256": fingerprint(decides), "decides": decides})

@@ -38,6 +38,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_DEVICES = "Give auto, cpu, cuda, cuda:1 or mps; lightleak doctor says what is here."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -225,11 +226,13 @@ def _refuse_pickle(folder: Path, weights: str, allowed: bool) -> None:
 
 def _choose_device(device: str) -> str:
     if device != "auto":
+        if device.partition(":")[0] not in {"cpu", "cuda", "mps", "xpu", "npu", "hpu"}:
+            raise UserError("no such device", f"--device {device}", _DEVICES)
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(
-                f"this machine cannot use it ({_first_line(error)})", f"--device {device}"
+                f"this machine cannot use it ({_first_line(error)})", f"--device {device}", _DEVICES
             ) from error
         return device
     if torch.cuda.is_available():
