@@ -1,15 +1,21 @@
-"""An audit loses a Ray actor, its driver and a worker process, and ends as an unbroken one.
+"""An audit loses processes and files, and ends as an unbroken one or says why not.
 
-benchmarks/survival.py does it twenty times, at random moments.
+benchmarks/survival.py kills twenty times, at random moments.
 """
 
 import random
+import shutil
 
 import psutil
+import pyarrow.parquet as pq
+import pytest
 import survival
 
+from lightleak.audits import models
 from lightleak.audits.membership import audit
-from lightleak.runs import read_json
+from lightleak.errors import UserError
+from lightleak.runs import Silent, read_json
+from lightleak.runs.folder import alone
 
 
 def test_a_run_that_is_killed_three_times_ends_as_an_unbroken_one(lab_tiny, tmp_path):
@@ -47,3 +53,76 @@ def test_a_run_that_is_killed_three_times_ends_as_an_unbroken_one(lab_tiny, tmp_
     assert found["tables"] == found["tables_equal"] == 9
     assert found["records_missing"] == found["records_doubled"] == 0
     assert read_json(out / "verdict.json") == read_json(unbroken / "verdict.json")
+
+
+@pytest.fixture(scope="module")
+def reduced(lab_lora, tmp_path_factory):
+    """An audit whose slices are not kept, and what it was asked."""
+    asked = {
+        "target": lab_lora.target,
+        "adapter": lab_lora.adapter,
+        "suspect": lab_lora.members,
+        "control": lab_lora.nonmembers,
+        "signals": ("loss", "gradaudit"),
+        "evidence_limit": 0,
+        "negative_controls": False,
+    }
+    run = tmp_path_factory.mktemp("reduced") / "run"
+    audit(**asked, out=run)
+    return run, asked
+
+
+def turn_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda e: shutil.copy(e / "part-00001.parquet", e / "part-00002.parquet"),
+        lambda e: (e / "cosines-00001.parquet").unlink(),
+        lambda e: turn_a_bit(e / "failed-00000.parquet"),
+        lambda e: [turn_a_bit(e / "reference.safetensors"), (e / "part-00000.parquet").unlink()],
+        lambda e: [
+            (e / "scored-gradaudit-01-00000.parquet").unlink(),
+            (e / "scored.json").unlink(),
+        ],
+    ],
+    ids=["another part's", "sums lost", "one bit turned", "another reference", "killed scoring"],
+)
+def test_what_is_lost_or_damaged_is_made_again_as_it_was(reduced, tmp_path, damage):
+    whole, asked = reduced
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    damage(run / "evidence")
+    audit(**asked, out=run)
+    scores = [pq.read_table(each / "scores.parquet") for each in (whole, run)]
+    assert scores[0].equals(scores[1])
+
+
+def test_slices_that_were_reduced_for_one_mask_serve_no_other(reduced, tmp_path):
+    whole, asked = reduced
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "verdict.json").unlink()
+    with pytest.raises(UserError, match="reduced for another mask"):
+        audit(**asked, out=tmp_path / "run", options={"gradaudit": {"q": 0.5}})
+
+
+def test_a_model_is_not_held_past_an_audit_that_was_broken_off(reduced, tmp_path):
+    class Broken(Silent):
+        def stage(self, name, total):
+            if name == "Measuring":
+                raise KeyboardInterrupt
+            return super().stage(name, total)
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(**reduced[1], out=tmp_path / "run", progress=Broken())
+    assert models._held is None
+
+
+def test_two_audits_do_not_work_in_one_folder(reduced):
+    run, asked = reduced
+    with alone(run), pytest.raises(UserError, match="another process is at work in it"):
+        audit(**asked, out=run)

@@ -38,6 +38,7 @@ class Toy:
 
     model: nn.Module
     wide: torch.dtype = torch.float64
+    dtype: torch.dtype = torch.float64
     has_adapter: bool = False
 
     def __post_init__(self):
@@ -309,6 +310,51 @@ class TestAttention:
         assert engine.one_by_one
         with pytest.raises(UnevenRows):
             engine.read(batch_of(vectors(2, 5, 4)), {})
+
+
+class PastItsLayer(nn.Module):
+    """Uses an embedding as a head, and a layer turned round, by their weights alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 5)
+        self.layer = nn.Linear(5, 5)
+        self.plain = nn.Linear(5, 5)
+
+    def forward(self, x):
+        hidden = self.plain(self.layer(self.embedding(x))).tanh()
+        turned = functional.linear(hidden, self.layer.weight.T)
+        return functional.linear(turned, self.embedding.weight)
+
+
+def test_a_weight_that_is_used_past_its_own_layer_is_found_and_read_whole():
+    torch.manual_seed(0)
+    target = Toy(PastItsLayer().double())
+    x = torch.randint(6, (1, 4))
+    captured = GradientEngine(target, select(target, "everything"))
+    found = captured.unseen(batch_of(x))
+    assert found == {"embedding.weight", "layer.weight"}
+    engine = GradientEngine(target, captured.selection.whole(found))
+    assert engine.one_by_one
+    (gradients,) = one_by_one(target, x, list(engine.selection.shapes))
+    sums = {}
+    engine.add_gradients(batch_of(x), sums)
+    for name, expected_gradient in gradients.items():
+        torch.testing.assert_close(sums[name].reshape(expected_gradient.shape), expected_gradient)
+    assert engine.unseen(batch_of(x)) == set()
+
+
+def test_a_layer_may_be_called_by_keyword_and_its_output_changed_in_place():
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.layer(input=x).mul_(2).tanh()
+
+    torch.manual_seed(0)
+    check(Inside(), torch.randn(3, 4, 5, dtype=torch.float64))
 
 
 def test_the_model_is_restored_after_an_error():

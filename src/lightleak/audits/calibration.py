@@ -8,7 +8,7 @@ and every record scored at the kept slices only, in a second pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -21,17 +21,21 @@ from torch import Tensor
 
 from lightleak.audits.models import made
 from lightleak.audits.passes import Opened, Pass, Plan, References, load_pass
+from lightleak.errors import UserError
 from lightleak.evidence import collect
 from lightleak.evidence.gradients.kernels import MaskedReference
-from lightleak.evidence.readings import Floats, slice_axes
+from lightleak.evidence.readings import slice_axes
 from lightleak.evidence.table import SLICE_COLUMNS, gradient_slices
 from lightleak.records import Record
-from lightleak.runs import Progress, read_table, write_table
+from lightleak.runs import Progress, read_json, read_table, write_json, write_table
 from lightleak.runs.executors import Executor
 from lightleak.runs.folder import whole
 from lightleak.runs.progress import Advance
 from lightleak.signals import Fit
 from lightleak.signals.gradaudit import CosineSums, Rule, choose, cosine_sums, sensitive
+
+# That every record has been scored at the kept slices.
+SCORED = "scored.json"
 
 
 def rule_of(of: Pass) -> Rule:
@@ -40,17 +44,19 @@ def rule_of(of: Pass) -> Rule:
     return choose(lora, of.n_references > 1, **of.settings.options_of("gradaudit"))
 
 
+Sums = list[tuple[CosineSums, CosineSums]]
+
+
 def take(
-    of: Pass, plan: Plan, references: References, table: pa.Table, fits: Sequence[Fit], index: int
-) -> pa.Table:
-    """Add a part's cosines up, store the sums, and return the part without its slices.
+    of: Pass, plan: Plan, references: References, table: pa.Table, fits: Sequence[Fit]
+) -> tuple[pa.Table, Sums]:
+    """Add some records' cosines up, and return them without their slices.
 
     Args:
         of, plan: the pass.
         references: what the slices are compared with.
-        table: the part.
-        fits: what each fold does with the part's records, row by row.
-        index: of the part.
+        table: evidence of the records.
+        fits: what each fold does with them, row by row.
     """
     names = list(plan.shapes)
     slices = gradient_slices(
@@ -61,14 +67,43 @@ def take(
         np.array(references.sizes),
         lora=(of.matrices or "").startswith("lora"),
     )
-    sums = [side for fold in cosine_sums(slices, fits, rule_of(of)) for side in fold]
-    stored = {"total": [each.total for each in sums], "count": [each.count for each in sums]}
-    write_table(of.folder / f"cosines-{index:05d}.parquet", pa.table(stored))
+    sums = cosine_sums(slices, fits, rule_of(of))
     numbers = table.schema.field(SLICE_COLUMNS[0]).type
     empty = pa.array([[]] * table.num_rows, numbers)
     for column in SLICE_COLUMNS:
         table = table.set_column(table.schema.get_field_index(column), column, empty)
-    return table
+    return table, sums
+
+
+def sums_file(of: Pass, index: int) -> Path:
+    """Where a shard's sums of cosines lie."""
+    return of.folder / f"cosines-{index:05d}.parquet"
+
+
+def write_sums(of: Pass, index: int, pieces: Sequence[Sums]) -> None:
+    """Store the sums of a shard, which are those of its pieces together."""
+    sides = [
+        reduce(add, side) for fold in zip(*pieces, strict=True) for side in zip(*fold, strict=True)
+    ]
+    stored = {"total": [each.total for each in sides], "count": [each.count for each in sides]}
+    write_table(sums_file(of, index), pa.table(stored))
+
+
+def claim_rule(of: Pass) -> None:
+    """Slices that are dropped were added up for one rule; another is refused.
+
+    Raises:
+        UserError: the mask is to be drawn otherwise than when this pass began.
+    """
+    file, rule = of.folder / "rule.json", asdict(rule_of(of))
+    if not file.is_file():
+        write_json(file, rule)
+    elif read_json(file) != rule:
+        raise UserError(
+            "its slices were reduced for another mask of gradaudit",
+            str(of.folder),
+            "Give the same options of gradaudit to go on, or --out another folder.",
+        )
 
 
 @dataclass(frozen=True)
@@ -103,12 +138,14 @@ def score_kept(
     executor: Executor,
 ) -> None:
     """Score every record at the slices that its fold keeps."""
-    write_table(_mask_file(of), pa.table({"kept": list(_masks(of, plan))}))
+    shards = -(-len(records) // plan.shard)
+    write_table(_mask_file(of), pa.table({"kept": _masks(of, plan, shards)}))
     jobs = [job for k, fit in enumerate(fits) for job in _cut(of, plan, k, records, fit.scored)]
     with progress.stage("Scoring the kept slices", len(records)) as advance:
         waiting = [job for job in jobs if not whole(job.file)]
         advance(len(records) - sum(len(job.records) for job in waiting))
         executor.map(score_shard, waiting, advance)
+    write_json(of.folder / SCORED, {"shards": len(jobs)})
 
 
 def score_shard(job: Scoring, advance: Advance) -> None:
@@ -133,20 +170,16 @@ def _cut(
         yield Scoring(of, plan, k, index, tuple(chosen[start : start + plan.shard]))
 
 
-def _masks(of: Pass, plan: Plan) -> Iterator[NDArray[np.bool_]]:
-    """Each fold's mask, (s,), from the stored sums of all parts."""
-    parts = [read_table(file) for file in sorted(of.folder.glob("cosines-*.parquet"))]
-
-    def mean(row: int) -> Floats:
-        sums = [
-            CosineSums(np.array(part["total"][row].as_py()), part["count"][row].as_py())
-            for part in parts
-        ]
-        return reduce(add, sums).mean
-
-    for k in range(of.n_references):
-        gaps = mean(2 * k) - mean(2 * k + 1)
-        yield sensitive(slice_axes(plan.shapes), gaps, rule_of(of))
+def _masks(of: Pass, plan: Plan, shards: int) -> list[NDArray[np.bool_]]:
+    """Each fold's mask, (s,), from the stored sums of all shards."""
+    sides: list[CosineSums] = []
+    for index in range(shards):
+        stored = read_table(sums_file(of, index))
+        totals = stored["total"].combine_chunks().flatten().to_numpy().reshape(len(stored), -1)
+        here = [CosineSums(*each) for each in zip(totals, stored["count"].to_pylist(), strict=True)]
+        sides = list(map(add, sides, here)) if sides else here
+    gaps = [members.mean - others.mean for members, others in zip(*[iter(sides)] * 2, strict=True)]
+    return [sensitive(slice_axes(plan.shapes), each, rule_of(of)) for each in gaps]
 
 
 def _open(job: Scoring) -> tuple[Opened, dict[str, MaskedReference]]:

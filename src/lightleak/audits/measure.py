@@ -12,16 +12,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lightleak.audits.calibration import score_kept, take
+import pyarrow as pa
+
+from lightleak.audits.calibration import (
+    Sums,
+    claim_rule,
+    score_kept,
+    sums_file,
+    take,
+    write_sums,
+)
 from lightleak.audits.passes import Check, Pass, Plan, check, open_pass
 from lightleak.audits.references import build_references
 from lightleak.audits.sides import Sides, failures_table
 from lightleak.evidence import collect
 from lightleak.evidence.readings import GradientSlices
-from lightleak.records import Record
-from lightleak.runs import EvidenceStore, Progress, write_json, write_table
+from lightleak.records import Failure, Record
+from lightleak.runs import EvidenceStore, Progress, read_table, write_json, write_table
 from lightleak.runs.executors import Executor
-from lightleak.runs.folder import whole
+from lightleak.runs.folder import sha256, whole
 from lightleak.runs.progress import Advance
 from lightleak.signals import Fit, cross
 
@@ -63,13 +72,14 @@ def measure(of: Pass, sides: Sides, progress: Progress, executor: Executor) -> N
         _describe_gradients(of, plan, [len(each) for each in inside])
     fits = None
     if inside and not plan.keep:
+        claim_rule(of)
         fits = cross(of.settings.protocol, of.settings.folds, sides.side, sides.folds)
+    shards = list(_shards(of, plan, sides.records, inside, fits))
+    for file in of.folder.glob("part-*.parquet"):
+        if file not in {each.part for each in shards}:
+            file.unlink()
     with progress.stage(f"Measuring{what}", len(sides.records)) as advance:
-        waiting = [
-            each
-            for each in _shards(of, plan, sides.records, inside, fits)
-            if not (whole(each.failures) and EvidenceStore(of.folder).has("part", each.index))
-        ]
+        waiting = [each for each in shards if not each.done()]
         advance(len(sides.records) - sum(len(each.records) for each in waiting))
         executor.map(measure_shard, waiting, advance)
     if fits is not None:
@@ -100,31 +110,60 @@ class Shard:
         """Where the shard's failures go."""
         return self.of.folder / f"failed-{self.index:05d}.parquet"
 
+    @property
+    def part(self) -> Path:
+        """Where its evidence goes."""
+        return EvidenceStore(self.of.folder).file("part", self.index)
+
+    def done(self) -> bool:
+        """Whether everything of it is there and whole, and about these records."""
+        files = [self.part, self.failures]
+        if self.fits is not None:
+            files.append(sums_file(self.of, self.index))
+        damaged = [file for file in files if not whole(file)]  # Each makes room for a new one.
+        if damaged:
+            return False
+        found = [key for file in files[:2] for key in read_table(file, ["id"])["id"].to_pylist()]
+        return sorted(found) == sorted(record.id for record in self.records)
+
 
 def measure_shard(shard: Shard, advance: Advance) -> None:
     """Take a shard through the model, and write its part."""
     of, plan = shard.of, shard.plan
     opened = open_pass(of, plan, compared=of.slices)
-    measured = collect.measure(
-        opened.target,
-        opened.engine,
-        opened.reader,
-        shard.records,
-        references=None if opened.references is None else opened.references.gradients,
-        in_reference=shard.inside if of.slices else None,
-        keep_slices=of.slices,
-        size=plan.size,
-        progress=advance,
-    )
-    table = measured.table
-    if shard.fits is not None and opened.references is not None:
-        place = {record.id: i for i, record in enumerate(shard.records)}
-        rows = [place[key] for key in table["id"].to_pylist()]
-        fits = [fit.rows(rows) for fit in shard.fits]
-        table = take(of, plan, opened.references, table, fits, shard.index)
+    references = opened.references
+    tables: list[pa.Table] = []
+    failures: list[Failure] = []
+    sums: list[Sums] = []
+    # Slices that are dropped are held only for a piece of the shard.
+    step = plan.shard if shard.fits is None else plan.piece
+    for start in range(0, len(shard.records), step):
+        measured = collect.measure(
+            opened.target,
+            opened.engine,
+            opened.reader,
+            shard.records[start : start + step],
+            references=None if references is None else references.gradients,
+            in_reference=shard.inside if of.slices else None,
+            keep_slices=of.slices,
+            size=plan.size,
+            progress=advance,
+        )
+        table = measured.table
+        if shard.fits is not None and references is not None:
+            place = {record.id: i for i, record in enumerate(shard.records)}
+            rows = [place[key] for key in table["id"].to_pylist()]
+            table, cosines = take(
+                of, plan, references, table, [fit.rows(rows) for fit in shard.fits]
+            )
+            sums.append(cosines)
+        tables.append(table)
+        failures += measured.failures
+    if sums:
+        write_sums(of, shard.index, sums)
     # Failures first: a part that is there tells that its failures are, too.
-    write_table(shard.failures, failures_table(measured.failures))
-    EvidenceStore(of.folder).put("part", shard.index, table)
+    write_table(shard.failures, failures_table(failures))
+    write_table(shard.part, pa.concat_tables(tables))
 
 
 def _shards(
@@ -180,10 +219,10 @@ def _decides(of: Pass, sides: Sides) -> dict[str, Any]:
         "gradaudit.matrices": of.matrices,
         "folds or seed": [settings.folds, settings.seed] if crossed else None,
         "dropped duplicates": settings.drop_duplicates,
-        "embeddings": settings.embeddings,
+        "embeddings": settings.embeddings and sha256(Path(settings.embeddings)),
         "evidence limit": settings.evidence_limit if GradientSlices in needs else None,
         **bank,
     }
 
 
-_CODE = ("lightleak", "torch", "transformers")
+_CODE = ("lightleak", "torch", "transformers", "peft")

@@ -17,12 +17,13 @@ from lightleak.audits.gather_controls import (
 from lightleak.audits.judge import judge
 from lightleak.audits.manifest import recorded
 from lightleak.audits.measure import claim
-from lightleak.audits.models import Model, describe, release
+from lightleak.audits.models import Model, describe, release, released
 from lightleak.audits.passes import Pass
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import read_sides
 from lightleak.errors import UserError
 from lightleak.runs import Progress, Run, Silent
+from lightleak.runs.folder import alone
 from lightleak.validity import Verdict
 
 # What may not change once the run has been looked at; paths and devices may.
@@ -75,7 +76,7 @@ def audit(
     others = chosen.control_models()  # What is not there is better missed now than after hours.
     run = Run.create(out)
     sides = read_sides(chosen, progress)
-    with chosen.executor_of() as executor:
+    with alone(run.folder), chosen.executor_of() as executor, released():
         model = Model(chosen)
         with progress.stage("Loading the model", 1) as advance:
             (description,) = executor.map(describe, [model], advance)
@@ -103,7 +104,7 @@ def audit(
             if chosen.negative_controls:
                 gather_shuffled(run, of, sides, progress, executor, "")
             gather_control_models(run, of, others, sides, progress, executor)
-            release()
+            release()  # No model is needed from here on.
             return judge(run, progress)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ class Model:
         global _held
         if _held is not None and _held[0] == self._key:
             return _held[1]
-        target = None
+        _made = None
         under = None if _held is None or _held[0] != Model(self.settings)._key else _held[1]
         _held = None
         target = None
@@ -72,6 +73,15 @@ def release() -> None:
     """Hold no model any longer."""
     global _held, _made
     _held = _made = None
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Hold no model longer than this: its files may change before the next audit."""
+    try:
+        yield
+    finally:
+        release()
 
 
 def made(key: object, make: Callable[[], Made]) -> Made:

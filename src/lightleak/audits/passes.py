@@ -110,8 +110,10 @@ class Plan:
     Attributes:
         size: batch limits.
         shard: records that are measured and written together.
+        piece: of which so many are held in memory with all their slices.
         keep: whether slices are stored; else they are reduced to scores on the way.
         unreached: selected matrices that no gradient reaches.
+        unseen: those that only autograd sees whole.
         one_by_one: matrices that can only be read from one record at a time.
         shapes: of the matrices that are read.
         kernels: what was chosen by timing on an accelerator, by shape.
@@ -119,8 +121,10 @@ class Plan:
 
     size: collect.BatchSize
     shard: int
+    piece: int
     keep: bool
     unreached: tuple[str, ...]
+    unseen: tuple[str, ...]
     one_by_one: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     kernels: Mapping[str, str]
@@ -135,14 +139,16 @@ class Plan:
         try:
             return Plan(
                 collect.BatchSize(**content["size"]),
-                content["shard"],
+                int(content["shard"]),
+                int(content["piece"]),
                 content["keep"],
                 tuple(content["unreached"]),
+                tuple(content["unseen"]),
                 tuple(content["one_by_one"]),
                 {name: tuple(shape) for name, shape in content["shapes"].items()},
                 content["kernels"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError("it is damaged", str(file), "Give --out another folder.") from error
 
     def store(self, folder: Path) -> None:
@@ -240,7 +246,7 @@ def load_pass(of: Pass, plan: Plan, *, compared: bool) -> Opened:
     engine = None
     kernels.prefer(plan.kernels)
     if of.matrices is not None:
-        selection = select(target, of.matrices).without(set(plan.unreached))
+        selection = select(target, of.matrices).without(set(plan.unreached)).whole(plan.unseen)
         engine = GradientEngine(target, selection)
     references = References.read(of.reference_file, target.device) if compared else None
     return Opened(target, engine, _reader(of, target), references)
@@ -299,7 +305,7 @@ def check(job: Check, advance: Advance) -> Plan:
     engine = None if selection is None else GradientEngine(target, selection)
     checked = self_check(target, engine, job.sample, size)
     if selection is not None:
-        selection = selection.without(set(checked.unreached))
+        selection = checked.select(selection)
         if not selection.shapes:
             raise UserError("no gradient reaches any selected matrix", "gradaudit.matrices")
         engine = GradientEngine(target, selection)
@@ -310,11 +316,14 @@ def check(job: Check, advance: Advance) -> Plan:
     if of.slices:
         number = 8 if target.dtype == torch.float64 else 4
         width = slice_axes(shapes)[-1].stop * number * (1 + of.n_references)
+    keep = width * job.n <= settings.evidence_limit * 1e9
     plan = Plan(
         size,
-        _shard(target, engine, job, width),
-        width * job.n <= settings.evidence_limit * 1e9,
+        _shard(target, engine, job, width if keep else 0),
+        piece_of(width),
+        keep,
         tuple(sorted(checked.unreached)),
+        tuple(sorted(checked.unseen)),
         tuple(checked.one_by_one),
         shapes,
         kernels.choices(),
@@ -324,15 +333,21 @@ def check(job: Check, advance: Advance) -> Plan:
     return plan
 
 
+def piece_of(width: int) -> int:
+    """Records whose slices, of `width` bytes each, stay small in memory and on the disk."""
+    return int(max(4, _SHARD_BYTES // max(1, width)))
+
+
 def _shard(target: Target, engine: GradientEngine | None, job: Check, width: int) -> int:
     """Records of a shard: a few minutes of work, in parts that stay small; no clock is asked, so
     that every run of this audit is cut alike."""
     kind = target.device.type
-    tokens = np.mean([each.n_tokens for each in collect.encode(target, job.sample[:8]).records])
+    # The check has found some that can be.
+    tokens = np.mean([each.n_tokens for each in collect.encode(target, job.sample).records])
     parameters = sum(p.numel() for p in target.model.parameters())
     operations = (2 if engine is None else 6) * parameters * tokens
     rate = _OPERATIONS_A_SECOND.get(kind, _OPERATIONS_A_SECOND["cuda"])
     by_time = 2 ** np.floor(np.log2(max(1.0, _SHARD_SECONDS * rate / operations)))
     fewest = _FEWEST_RECORDS.get(kind, _FEWEST_RECORDS["cuda"])
     most = min(_MOST_RECORDS, max(fewest, job.n / _ALIKE))
-    return max(1, int(min(by_time, most, max(4, _SHARD_BYTES // max(1, width)))))
+    return max(1, int(min(by_time, most, piece_of(width))))

@@ -23,7 +23,7 @@ from lightleak.audits.calibration import Scoring, score_shard
 from lightleak.audits.gather import gather
 from lightleak.audits.gather_controls import gather_control_models, gather_shuffled
 from lightleak.audits.measure import Shard, measure_shard
-from lightleak.audits.models import Model, describe, release
+from lightleak.audits.models import Model, describe, released
 from lightleak.audits.passes import Pass, open_pass
 from lightleak.audits.references import Block, sum_block
 from lightleak.audits.set_tests import crosses_folds
@@ -208,7 +208,11 @@ def plan(
     others = chosen.control_models()
     begun = perf_counter()
     sides = read_sides(chosen, progress)
-    with TemporaryDirectory(prefix="lightleak-plan-") as folder, chosen.executor_of() as executor:
+    with (
+        TemporaryDirectory(prefix="lightleak-plan-") as folder,
+        chosen.executor_of() as executor,
+        released(),
+    ):
         reading = perf_counter() - begun
         run, rehearsal = Run.create(folder), _Rehearsal(executor)
         (own,) = rehearsal.map(describe, [Model(chosen)])
@@ -226,7 +230,6 @@ def plan(
             for name, where in others.items():
                 gather_control_models(run, of, {name: where}, sides, Silent(), rehearsal)
                 advance(1)
-        release()
         kept = sum(file.stat().st_size for file in run.evidence.rglob("*") if file.is_file())
         return Forecast(
             chosen.target,
@@ -436,13 +439,16 @@ def gauge(shard: Shard, advance: Advance) -> Memory:
     target, engine = opened.target, opened.engine
     encoded = collect.encode(target, shard.records[: collect.WINDOW]).records
     batches = collect.plan(encoded, shard.plan.size, rows=engine is not None)
+    held = (*target.model.parameters(), *target.model.buffers())
+    weights = sum(each.nbytes for each in held)
+    if not batches:
+        return Memory(weights, 0)
     largest = max(batches, key=lambda batch: len(batch) * batch[-1].n_tokens)
     try:
         batch = memory.peak(target, engine, largest)
     except UnevenRows:
         batch = memory.peak(target, engine, largest[-1:])
-    held = (*target.model.parameters(), *target.model.buffers())
-    return Memory(sum(each.nbytes for each in held), batch)
+    return Memory(weights, batch)
 
 
 def _few(jobs: Sequence[Block | Shard | Scoring]) -> list[Block | Shard | Scoring]:

@@ -25,6 +25,7 @@ from lightleak.evidence import collect
 from lightleak.records import Record
 from lightleak.runs import Progress, read_json, write_json, write_table
 from lightleak.runs.executors import Executor
+from lightleak.runs.folder import sha256, whole
 from lightleak.runs.progress import Advance
 
 _MOST_BLOCKS = 8
@@ -54,6 +55,13 @@ def build_references(
         UserError: none of a fold's records yields a gradient.
     """
     described = of.folder / "reference.json"
+    norms = of.folder / "reference-norms.parquet"
+    if described.is_file() and not (
+        whole(norms)
+        and of.reference_file.is_file()
+        and read_json(described).get("sha256") == sha256(of.reference_file)
+    ):
+        described.unlink()  # Made anew, it is the same: the parts that were compared stay valid.
     if not described.is_file():
         folds = (
             [sides.side == "member"]
@@ -68,7 +76,7 @@ def build_references(
         with progress.stage("Reference gradient", total) as advance:
             executor.map(sum_block, [block for each in blocks for block in each], advance)
         members = _combine(of, plan, blocks)
-        write_json(described, {"members": members})
+        write_json(described, {"members": members, "sha256": sha256(of.reference_file)})
     for file in of.folder.glob("reference-block-*.safetensors"):
         file.unlink()
     return [set(each) for each in read_json(described)["members"]]
@@ -131,12 +139,15 @@ def _combine(of: Pass, plan: Plan, blocks: Sequence[Sequence[Block]]) -> list[li
     sums: list[dict[str, Tensor]] = []
     added: list[list[str]] = []
     for fold in blocks:
-        total: dict[str, Tensor] = {}
+        # A matrix that no record of a fold sends a gradient to stays zero there.
+        total = {name: torch.zeros(shape) for name, shape in plan.shapes.items()}
         ids: list[str] = []
         for block in fold:
-            part, among, _ = _read(block.file)
-            for name, each in part.items():  # None, where none of its records yields a gradient.
-                total[name] = total[name] + each if name in total else each
+            part, among, done = _read(block.file)
+            if done < len(block.records):
+                raise UserError("a sum of gradients is missing", str(block.file), "Run it again.")
+            for name, each in part.items():
+                total[name] = total[name] + each
             ids += among
         if not ids:
             raise UserError("no gradient could be computed for any record of a reference")

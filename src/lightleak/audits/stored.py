@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lightleak import signals
+from lightleak.audits.calibration import SCORED
 from lightleak.audits.settings import AuditSettings
 from lightleak.errors import UserError
 from lightleak.evidence.readings import (
@@ -117,6 +118,13 @@ def load(run: Run, folder: Path | None = None) -> Measured:
 def score(settings: AuditSettings, measured: Measured, name: str) -> Floats:
     """(n,) scores of one signal; NaN where a record cannot be scored or only calibrates."""
     stored = sorted(measured.folder.glob(f"scored-{name}-*.parquet"))
+    reduced = (measured.folder / "rule.json").is_file() and name == "gradaudit"
+    if reduced and not (measured.folder / SCORED).is_file():
+        raise UserError(
+            "its evidence is not complete: not every record is scored at the kept slices",
+            str(measured.folder),
+            "Run the same audit again: it goes on where it was.",
+        )
     if stored:
         # The evidence was too large to keep: it was reduced to scores on the way.
         table = pa.concat_tables([read_table(file) for file in stored]).to_pydict()

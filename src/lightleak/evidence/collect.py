@@ -317,7 +317,9 @@ def run(
         kind: type[Exception] | None = None
         try:
             one(target.collate(records))
-        except (RuntimeError, UnevenRows, FloatingPointError, ValueError, IndexError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # A model may refuse a record in any way it likes.
             problem, kind = _one_line(error), type(error)
         # Only here, where the error's traceback holds the attempt no longer, can it be freed.
         if kind is torch.OutOfMemoryError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import ImageChops
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightleak.errors import UserError
 from lightleak.evidence.collect import BatchSize, plan, run
-from lightleak.evidence.gradients import GradientEngine
+from lightleak.evidence.gradients import GradientEngine, Selection
 from lightleak.evidence.gradients.rows import UnevenRows
 from lightleak.records import Record, open_rgb
 from lightleak.targets import Batch, EncodedRecord, Target
@@ -32,10 +32,17 @@ class Checked:
         one_by_one: selected matrices for whose sake records go through one at a time: parameters
             outside the layers that are read by record, or else the first layer met whose rows
             cannot be dealt out to records; none where records go together.
+        unseen: selected parameters that are used past their own layers, so that only autograd
+            sees their gradient whole.
     """
 
     unreached: set[str]
     one_by_one: tuple[str, ...]
+    unseen: set[str] = field(default_factory=set)
+
+    def select(self, selection: Selection) -> Selection:
+        """What is read after all."""
+        return selection.without(self.unreached).whole(self.unseen)
 
 
 def self_check(
@@ -64,8 +71,11 @@ def self_check(
     uneven = _check_batches(target, engine, encoded, size)
     if engine is None:
         return Checked(set(), ())
-    unreached = engine.unreached([target.collate([record]) for record in encoded])
-    return Checked(unreached, engine.selection.without(unreached).dense or uneven)
+    alone = [target.collate([record]) for record in encoded]
+    unseen = engine.unseen(alone[0])
+    unreached = GradientEngine(target, engine.selection.whole(unseen)).unreached(alone)
+    found = Checked(unreached, uneven, unseen - unreached)
+    return replace(found, one_by_one=found.select(engine.selection).dense or uneven)
 
 
 def _that_run(target: Target, records: Sequence[Record]) -> list[tuple[Record, EncodedRecord]]:

@@ -288,6 +288,48 @@ def read_table(
         ) from error
 
 
+def sha256(file: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"it cannot be read ({error.strerror})", str(file)) from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else works in this folder meanwhile; a process that dies lets go of it.
+
+    Raises:
+        UserError: somebody does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Not on this system.
+        yield
+        return
+    file = folder / ".lock"
+    try:
+        lock = file.open("w")
+    except OSError as error:
+        raise UserError(f"it cannot be written ({error.strerror})", str(file)) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "another process is at work in it", str(folder), "Wait for it, or end it."
+            ) from error
+        except OSError:
+            pass  # Some network file systems know no locks.
+        yield
+
+
 def whole(file: Path) -> bool:
     """Whether a Parquet file is there and every page of it is as it was written; a damaged one is
     removed, so that it is made again."""

@@ -149,7 +149,7 @@ def without_adapter(target: Target, name: str) -> Target | None:
     from peft import get_peft_model_state_dict
 
     apart = all("lora_" in key for key in get_peft_model_state_dict(target.model))
-    begun = {str(c.init_lora_weights) for c in target.model.peft_config.values()}
+    begun = {str(getattr(c, "init_lora_weights", None)) for c in target.model.peft_config.values()}
     if not apart or not begun <= {"True", "False", "gaussian"}:
         return None
     model = target.model.unload()

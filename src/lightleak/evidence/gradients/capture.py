@@ -46,7 +46,9 @@ class _CapturedLinear(torch.autograd.Function):
         del tap
         ctx.save_for_backward(x, weight)
         ctx.seen = seen
-        return nn.functional.linear(x, weight, bias)
+        y = nn.functional.linear(x, weight, bias)
+        # A view could not be changed in place, as some models do.
+        return y if y._base is None else y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None, None]:
@@ -179,7 +181,8 @@ def capture(
             for parameter, use in own:
                 collector.seen(parameter, use, inputs, grad, live)
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(*given: Tensor, **named: Tensor) -> Tensor:
+            (x,) = (*given, *named.values())
             collector.called(names)
             result: Tensor
             if not torch.is_grad_enabled():
@@ -187,7 +190,7 @@ def capture(
             elif linear:
                 result = _CapturedLinear.apply(x, module.weight, module.bias, tap, seen)  # type: ignore[no-untyped-call]
             else:
-                if isinstance(module, nn.Embedding) and len(x) == 1:
+                if isinstance(module, nn.Embedding) and x.ndim > 1 and len(x) == 1:
                     # Positions that all records share would share their gradient, too.
                     x = x.expand(records, *x.shape[1:])
                 result = _Captured.apply(plain(module, x), x, tap, seen)  # type: ignore[no-untyped-call]

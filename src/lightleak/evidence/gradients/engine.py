@@ -23,6 +23,11 @@ from lightleak.targets import Batch, Outputs, Target
 Consumer = Callable[[str, Gradients], None]
 
 
+# Largest difference of a captured gradient from autograd's, relative to its norm.
+_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HALF_DIFFERENCE = 0.1
+
+
 @dataclass(frozen=True)
 class BatchReadings:
     """What one step yields for the n records of a batch.
@@ -158,6 +163,26 @@ class GradientEngine:
 
         self.step(batch, consume)
         return total / count if count else total.fill_(torch.nan)
+
+    def unseen(self, batch: Batch) -> set[str]:
+        """Parameters whose gradient capture does not see whole, found on one record.
+
+        A weight may be used past the module that owns it; autograd tells.
+        """
+        captured: dict[str, Tensor] = {}
+        plain: dict[str, Tensor] = {}
+        self.add_gradients(batch, captured)
+        whole = self.selection.whole(self.selection.shapes)
+        GradientEngine(self.target, whole).add_gradients(batch, plain)
+        largest = max((float(each.norm()) for each in plain.values()), default=0.0)
+        tolerance = _DIFFERENCE.get(self.target.dtype, _HALF_DIFFERENCE)
+        found = set()
+        for name, expected in plain.items():
+            difference = float((captured.get(name, torch.zeros_like(expected)) - expected).norm())
+            # Some gradients are zero but for rounding, a bias' of keys for one.
+            if difference > tolerance * max(float(expected.norm()), 1e-3 * largest):
+                found.add(name)
+        return found
 
     def unreached(self, batches: Sequence[Batch]) -> set[str]:
         """Selected parameters that no record of these batches sends a gradient to."""

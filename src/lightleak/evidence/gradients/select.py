@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,6 +40,11 @@ class Selection:
             {name: uses for name, uses in self.uses.items() if name not in names},
             tuple(name for name in self.dense if name not in names),
         )
+
+    def whole(self, names: Collection[str]) -> Selection:
+        """The same selection with `names` read from whole gradients."""
+        apart = tuple(name for name in self.shapes if name in names or name in self.dense)
+        return Selection(self.strategy, self.shapes, self.without(set(names)).uses, apart)
 
 
 def select(target: Target, strategy: str = "auto") -> Selection:

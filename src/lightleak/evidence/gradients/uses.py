@@ -12,6 +12,7 @@ A vector is a matrix of one row, whose factor B is 1 in every row t.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,8 @@ def _scales(module: nn.Module) -> bool:
     weight = parameters.get("weight")
     if not parameters.keys() <= {"weight", "bias"} or weight is None or weight.ndim != 1:
         return False
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return False  # It takes more than its inputs: a gate, say.
     size = len(weight)
     numbers = torch.arange(2 * (size + 1) * size, device=weight.device).reshape(2, size + 1, size)
     inputs = (1.7 * numbers).sin().to(weight.dtype)
