@@ -14,7 +14,7 @@ from lightleak.errors import UserError
 from lightleak.runs.executors import executor
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from lightleak.runs.executors import executor
 
@@ -28,6 +28,8 @@ def work(job, advance):
     return name.upper()
 
 if __name__ == "__main__":
+    # What is started in the background may have been told not to hear it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, told = Path(sys.argv[2]), []
     with executor(sys.argv[1], 2) as these:
         print(these.map(work, [(name, folder) for name in "abcd"], told.append), sum(told))

@@ -75,9 +75,8 @@ def measure(of: Pass, sides: Sides, progress: Progress, executor: Executor) -> N
         claim_rule(of)
         fits = cross(of.settings.protocol, of.settings.folds, sides.side, sides.folds)
     shards = list(_shards(of, plan, sides.records, inside, fits))
-    for file in of.folder.glob("part-*.parquet"):
-        if file not in {each.part for each in shards}:
-            file.unlink()
+    for stray in set(of.folder.glob("part-*.parquet")) - {each.part for each in shards}:
+        stray.unlink()
     with progress.stage(f"Measuring{what}", len(sides.records)) as advance:
         waiting = [each for each in shards if not each.done()]
         advance(len(sides.records) - sum(len(each.records) for each in waiting))
