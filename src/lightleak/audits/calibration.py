@@ -138,8 +138,7 @@ def score_kept(
     executor: Executor,
 ) -> None:
     """Score every record at the slices that its fold keeps."""
-    shards = -(-len(records) // plan.shard)
-    write_table(_mask_file(of), pa.table({"kept": _masks(of, plan, shards)}))
+    write_table(_mask_file(of), pa.table({"kept": _masks(of, plan)}))
     jobs = [job for k, fit in enumerate(fits) for job in _cut(of, plan, k, records, fit.scored)]
     with progress.stage("Scoring the kept slices", len(records)) as advance:
         waiting = [job for job in jobs if not whole(job.file)]
@@ -170,11 +169,11 @@ def _cut(
         yield Scoring(of, plan, k, index, tuple(chosen[start : start + plan.shard]))
 
 
-def _masks(of: Pass, plan: Plan, shards: int) -> list[NDArray[np.bool_]]:
+def _masks(of: Pass, plan: Plan) -> list[NDArray[np.bool_]]:
     """Each fold's mask, (s,), from the stored sums of all shards."""
     sides: list[CosineSums] = []
-    for index in range(shards):
-        stored = read_table(sums_file(of, index))
+    for file in sorted(of.folder.glob("cosines-*.parquet")):
+        stored = read_table(file)
         totals = stored["total"].combine_chunks().flatten().to_numpy().reshape(len(stored), -1)
         here = [CosineSums(*each) for each in zip(totals, stored["count"].to_pylist(), strict=True)]
         sides = list(map(add, sides, here)) if sides else here

@@ -75,7 +75,8 @@ def measure(of: Pass, sides: Sides, progress: Progress, executor: Executor) -> N
         claim_rule(of)
         fits = cross(of.settings.protocol, of.settings.folds, sides.side, sides.folds)
     shards = list(_shards(of, plan, sides.records, inside, fits))
-    for stray in set(of.folder.glob("part-*.parquet")) - {each.part for each in shards}:
+    written = {*of.folder.glob("part-*.parquet"), *of.folder.glob("cosines-*.parquet")}
+    for stray in written - {file for each in shards for file in each.files}:
         stray.unlink()
     with progress.stage(f"Measuring{what}", len(sides.records)) as advance:
         waiting = [each for each in shards if not each.done()]
@@ -114,15 +115,20 @@ class Shard:
         """Where its evidence goes."""
         return EvidenceStore(self.of.folder).file("part", self.index)
 
+    @property
+    def files(self) -> list[Path]:
+        """All that it leaves."""
+        sums = [] if self.fits is None else [sums_file(self.of, self.index)]
+        return [self.part, self.failures, *sums]
+
     def done(self) -> bool:
         """Whether everything of it is there and whole, and about these records."""
-        files = [self.part, self.failures]
-        if self.fits is not None:
-            files.append(sums_file(self.of, self.index))
-        damaged = [file for file in files if not whole(file)]  # Each makes room for a new one.
+        damaged = [file for file in self.files if not whole(file)]  # Each makes room for a new one.
         if damaged:
             return False
-        found = [key for file in files[:2] for key in read_table(file, ["id"])["id"].to_pylist()]
+        found = [
+            key for file in self.files[:2] for key in read_table(file, ["id"])["id"].to_pylist()
+        ]
         return sorted(found) == sorted(record.id for record in self.records)
 
 
