@@ -11,9 +11,10 @@ import pytest
 import survival
 
 from lightleak.audits import models
+from lightleak.audits.judge import judge
 from lightleak.audits.membership import audit
 from lightleak.errors import UserError
-from lightleak.runs import Silent, read_json
+from lightleak.runs import Run, Silent, read_json
 from lightleak.runs.folder import alone
 
 
@@ -97,6 +98,13 @@ def test_what_is_lost_or_damaged_is_made_again_as_it_was(reduced, tmp_path, dama
     audit(**asked, out=run)
     scores = [pq.read_table(each / "scores.parquet") for each in (whole, run)]
     assert scores[0].equals(scores[1])
+
+
+def test_a_file_of_scores_that_is_lost_is_told_before_anything_is_judged(reduced, tmp_path):
+    shutil.copytree(reduced[0], tmp_path / "run")
+    (tmp_path / "run" / "evidence" / "scored-gradaudit-01-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"not every record is scored.*Run the same audit again"):
+        judge(Run(tmp_path / "run"))
 
 
 def test_slices_that_were_reduced_for_one_mask_serve_no_other(reduced, tmp_path):

@@ -29,13 +29,6 @@ from lightleak.targets import Batch
 from targets.test_families_are_read import TEXTS, QwenInputs, qwen2_vl
 
 SIZES = [(64, 64), (32, 64), (64, 48), (32, 32), (48, 64), (64, 64)]
-_TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def qwen2_5_vl():
@@ -43,17 +36,9 @@ def qwen2_5_vl():
     extra = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     tokenizer = train_tokenizer(TEXTS, extra=extra)
     named = zip(("image", "video", "vision_start", "vision_end"), extra, strict=True)
+    earlier = families.tiny_qwen2_vl(tokenizer).config.text_config.to_dict()
     config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [2, 2, 2],
-            },
-            **_TEXT,
-            **special_ids(tokenizer),
-        },
+        text_config={**earlier, "model_type": "qwen2_5_vl_text"},
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -96,7 +81,9 @@ def llava_next(folder):
             image_size=32,
             patch_size=8,
         ),
-        text_config=LlamaConfig(vocab_size=len(tokenizer), **_TEXT, **special_ids(tokenizer)),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer), **families._TEXT, **special_ids(tokenizer)
+        ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=grids,
         vision_feature_layer=-1,

@@ -77,9 +77,8 @@ def test_a_users_mistake_comes_back_as_it_was(these, tmp_path):
     assert these.map(touch, [tmp_path / "c"]) == ["c"]
 
 
+@pytest.mark.parametrize("these", ["local", "ray"], indirect=True)
 def test_a_job_that_kills_every_process_ends_with_one_line(these, tmp_path):
-    if these.workers == 1:
-        pytest.skip("a single worker is this process")
     told = []
     with pytest.raises(UserError, match="a worker process died 3 times"):
         these.map(die, [tmp_path / "a"], told.append)

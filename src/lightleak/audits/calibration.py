@@ -34,14 +34,13 @@ from lightleak.runs.progress import Advance
 from lightleak.signals import Fit
 from lightleak.signals.gradaudit import CosineSums, Rule, choose, cosine_sums, sensitive
 
-# That every record has been scored at the kept slices.
+# That every record has been scored at the kept slices, and in how many shards.
 SCORED = "scored.json"
 
 
 def rule_of(of: Pass) -> Rule:
     """How the mask is drawn."""
-    lora = (of.matrices or "").startswith("lora")
-    return choose(lora, of.n_references > 1, **of.settings.options_of("gradaudit"))
+    return choose(of.lora, of.n_references > 1, **of.settings.options_of("gradaudit"))
 
 
 Sums = list[tuple[CosineSums, CosineSums]]
@@ -65,7 +64,7 @@ def take(
         slice_axes(plan.shapes),
         references.norms2(names),
         np.array(references.sizes),
-        lora=(of.matrices or "").startswith("lora"),
+        lora=of.lora,
     )
     sums = cosine_sums(slices, fits, rule_of(of))
     numbers = table.schema.field(SLICE_COLUMNS[0]).type

@@ -405,7 +405,8 @@ def _read_dynamics(job: Job, target: _LazyTarget) -> None:
         model = target.model()
         every = GradientEngine(model, select(model, settings.matrices))
         checked = self_check(model, every, marked, settings.size)
-        return GradientEngine(model, checked.select(every.selection))
+        assert checked.selection is not None
+        return GradientEngine(model, checked.selection)
 
     def make(part: Sequence[Draw]) -> tuple[dict[str, pa.Table], Sequence[Failure]]:
         found = [

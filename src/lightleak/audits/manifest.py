@@ -17,6 +17,8 @@ from lightleak.errors import UserError
 from lightleak.runs import Run, write_json
 from lightleak.targets import Target
 
+_PACKAGES = ("lightleak", "transformers", "peft", "numpy", "scipy", "scikit-learn", "Faker")
+
 
 @contextmanager
 def recorded(
@@ -56,7 +58,11 @@ def recorded(
             "device": str(target.device),
         },
         "hashes": {**target.hashes, **hashes},
-        "versions": _versions(),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            **{name: version(name) for name in _PACKAGES},
+        },
         "credit": credit,
         "host": {"system": platform.platform(), "processor": platform.machine()},
         "started": registered(run, kind, settings, fixed),
@@ -95,18 +101,12 @@ def registered(run: Run, kind: str, settings: TargetSettings, fixed: Collection[
     return str(manifest["started"])
 
 
-def _versions() -> dict[str, str]:
-    packages = (
-        *("lightleak", "torch", "transformers", "peft"),
-        *("numpy", "scipy", "scikit-learn", "Faker"),
-    )
-    found = {"python": sys.version.split()[0], "torch": torch.__version__}
-    for name in packages:
-        try:
-            found.setdefault(name, metadata.version(name))
-        except metadata.PackageNotFoundError:
-            found.setdefault(name, "not installed as a package")
-    return found
+def version(package: str) -> str:
+    """Of a package, as it was installed; the program itself may lie there without that."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
 
 
 def _now() -> str:

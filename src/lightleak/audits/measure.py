@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightleak.audits.calibration import (
     take,
     write_sums,
 )
+from lightleak.audits.manifest import version
 from lightleak.audits.passes import Check, Pass, Plan, check, open_pass
 from lightleak.audits.references import build_references
 from lightleak.audits.sides import Sides, failures_table
@@ -38,9 +38,13 @@ from lightleak.signals import Fit, cross
 _SAMPLE = 64
 
 
-def claim(of: Pass, sides: Sides) -> EvidenceStore:
-    """The folder's evidence store, refused if it holds evidence of something else."""
-    return EvidenceStore.claim(of.folder, _decides(of, sides))
+def claim(of: Pass, sides: Sides) -> None:
+    """Take the folder for this pass.
+
+    Raises:
+        UserError: it holds evidence of something else.
+    """
+    EvidenceStore.claim(of.folder, _decides(of, sides))
 
 
 def measure(of: Pass, sides: Sides, progress: Progress, executor: Executor) -> None:
@@ -212,7 +216,7 @@ def _decides(of: Pass, sides: Sides) -> dict[str, Any]:
     bank = {"bank or seed": [settings.bank_size, settings.seed]} if of.banked else {}
     return {
         "evidence version": 2,
-        **{f"version of {name}": metadata.version(name) for name in _CODE},
+        **{f"version of {name}": version(name) for name in _CODE},
         **{f"target {key}": value for key, value in sorted(model.hashes.items())},
         **{f"{key} records": value for key, value in sorted(sides.hashes.items())},
         "dtype": model.dtype,

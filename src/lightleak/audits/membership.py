@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lightleak import signals
 from lightleak.audits.gather import gather
 from lightleak.audits.gather_controls import (
     gather_control_models,
@@ -17,13 +15,12 @@ from lightleak.audits.gather_controls import (
 from lightleak.audits.judge import judge
 from lightleak.audits.manifest import recorded
 from lightleak.audits.measure import claim
-from lightleak.audits.models import Model, describe, release, released
-from lightleak.audits.passes import Pass
+from lightleak.audits.models import release, released
+from lightleak.audits.passes import begin
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import read_sides
-from lightleak.errors import UserError
 from lightleak.runs import Progress, Run, Silent
-from lightleak.runs.folder import alone
+from lightleak.runs.folder import alone, sha256
 from lightleak.validity import Verdict
 
 # What may not change once the run has been looked at; paths and devices may.
@@ -67,8 +64,6 @@ def audit(
     Raises:
         UserError: input that cannot be used, with what to do about it.
     """
-    if not isinstance(options, Mapping):
-        options = signals.parse_options(options)
     chosen = AuditSettings.read(
         target=target, suspect=suspect, control=control, options=options, **settings
     )
@@ -77,24 +72,19 @@ def audit(
     run = Run.create(out)
     sides = read_sides(chosen, progress)
     with alone(run.folder), chosen.executor_of() as executor, released():
-        model = Model(chosen)
-        with progress.stage("Loading the model", 1) as advance:
-            (description,) = executor.map(describe, [model], advance)
-        chosen = chosen.of_kind(description.kind)
-        if sides.bank and description.kind != "dual-encoder":
-            raise UserError("only a dual encoder takes a bank of negatives", "--bank")
-        of = Pass(run.evidence, chosen, Model(chosen), description)
+        of = begin(run.evidence, chosen, sides, progress, executor)
+        chosen = of.settings
         claim(of, sides)
+        files = {"documentation": chosen.documentation, "embeddings": chosen.embeddings}
         with recorded(
             run,
             kind="membership",
             settings=chosen,
             fixed=_REGISTERED,
-            target=description,
+            target=of.description,
             hashes={
                 **{f"{side} records": value for side, value in sides.hashes.items()},
-                **_hash("documentation", chosen.documentation),
-                **_hash("embeddings", chosen.embeddings),
+                **{name: sha256(Path(file)) for name, file in files.items() if file is not None},
             },
             command=command or "lightleak.audit(…)",
             credit=credit,
@@ -106,12 +96,3 @@ def audit(
             gather_control_models(run, of, others, sides, progress, executor)
             release()  # No model is needed from here on.
             return judge(run, progress)
-
-
-def _hash(option: str, file: str | None) -> dict[str, str]:
-    if file is None:
-        return {}
-    try:
-        return {option: sha256(Path(file).read_bytes()).hexdigest()}
-    except OSError as error:
-        raise UserError(f"it cannot be read ({error.strerror})", f"--{option} {file}") from error

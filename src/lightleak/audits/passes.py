@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from lightleak.audits.models import Description, Model, made
+from lightleak.audits.models import Description, Model, describe, made
 from lightleak.audits.settings import AuditSettings
+from lightleak.audits.sides import Sides
 from lightleak.errors import UserError
 from lightleak.evidence import collect
 from lightleak.evidence.gradients import GradientEngine, kernels, select
@@ -34,7 +36,8 @@ from lightleak.evidence.readings import (
 from lightleak.evidence.selfcheck import self_check
 from lightleak.evidence.tokens import AnswerReader
 from lightleak.records import Record
-from lightleak.runs import read_json, replacing, write_json
+from lightleak.runs import Progress, read_json, replacing, write_json
+from lightleak.runs.executors import Executor
 from lightleak.runs.progress import Advance
 from lightleak.targets import Bank, DualEncoderTarget, Target
 
@@ -76,6 +79,11 @@ class Pass:
         return chosen
 
     @property
+    def lora(self) -> bool:
+        """Whether they are an adapter's."""
+        return (self.matrices or "").startswith("lora")
+
+    @property
     def slices(self) -> bool:
         """Whether every slice is compared with reference gradients."""
         return GradientSlices in self.settings.needs()
@@ -100,6 +108,22 @@ class Pass:
     def reference_file(self) -> Path:
         """The reference gradients."""
         return self.folder / "reference.safetensors"
+
+
+def begin(
+    folder: Path, settings: AuditSettings, sides: Sides, progress: Progress, executor: Executor
+) -> Pass:
+    """The target's own pass, its settings with nothing left open.
+
+    Raises:
+        UserError: the target cannot be loaded, or is not of the kind that the settings are for.
+    """
+    with progress.stage("Loading the model", 1) as advance:
+        (description,) = executor.map(describe, [Model(settings)], advance)
+    settings = settings.of_kind(description.kind)
+    if sides.bank and description.kind != "dual-encoder":
+        raise UserError("only a dual encoder takes a bank of negatives", "--bank")
+    return Pass(folder, settings, Model(settings), description)
 
 
 @dataclass(frozen=True)
@@ -137,18 +161,8 @@ class Plan:
             return None
         content = read_json(file)
         try:
-            return Plan(
-                collect.BatchSize(**content["size"]),
-                int(content["shard"]),
-                int(content["piece"]),
-                content["keep"],
-                tuple(content["unreached"]),
-                tuple(content["unseen"]),
-                tuple(content["one_by_one"]),
-                {name: tuple(shape) for name, shape in content["shapes"].items()},
-                content["kernels"],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return TypeAdapter(Plan).validate_python(content)
+        except ValidationError as error:
             raise UserError("it is damaged", str(file), "Give --out another folder.") from error
 
     def store(self, folder: Path) -> None:
@@ -301,11 +315,10 @@ def check(job: Check, advance: Advance) -> Plan:
             bank = collect.embed_bank(target, job.bank, size)
             save_tensors(of.bank_file, {"image": bank.image, "text": bank.text}, {})
         target = _with_bank(of)
-    selection = None if of.matrices is None else select(target, of.matrices)
-    engine = None if selection is None else GradientEngine(target, selection)
+    engine = None if of.matrices is None else GradientEngine(target, select(target, of.matrices))
     checked = self_check(target, engine, job.sample, size)
+    selection = checked.selection
     if selection is not None:
-        selection = checked.select(selection)
         if not selection.shapes:
             raise UserError("no gradient reaches any selected matrix", "gradaudit.matrices")
         engine = GradientEngine(target, selection)
@@ -319,7 +332,7 @@ def check(job: Check, advance: Advance) -> Plan:
     keep = width * job.n <= settings.evidence_limit * 1e9
     plan = Plan(
         size,
-        _shard(target, engine, job, width if keep else 0),
+        _shard(target, engine, job.n, checked.tokens, width if keep else 0),
         piece_of(width),
         keep,
         tuple(sorted(checked.unreached)),
@@ -338,16 +351,14 @@ def piece_of(width: int) -> int:
     return int(max(4, _SHARD_BYTES // max(1, width)))
 
 
-def _shard(target: Target, engine: GradientEngine | None, job: Check, width: int) -> int:
-    """Records of a shard: a few minutes of work, in parts that stay small; no clock is asked, so
-    that every run of this audit is cut alike."""
+def _shard(target: Target, engine: GradientEngine | None, n: int, tokens: float, width: int) -> int:
+    """Records of a shard, of n with so many tokens each: a few minutes of work, in parts that stay
+    small; no clock is asked, so that every run of this audit is cut alike."""
     kind = target.device.type
-    # The check has found some that can be.
-    tokens = np.mean([each.n_tokens for each in collect.encode(target, job.sample).records])
     parameters = sum(p.numel() for p in target.model.parameters())
     operations = (2 if engine is None else 6) * parameters * tokens
     rate = _OPERATIONS_A_SECOND.get(kind, _OPERATIONS_A_SECOND["cuda"])
     by_time = 2 ** np.floor(np.log2(max(1.0, _SHARD_SECONDS * rate / operations)))
     fewest = _FEWEST_RECORDS.get(kind, _FEWEST_RECORDS["cuda"])
-    most = min(_MOST_RECORDS, max(fewest, job.n / _ALIKE))
+    most = min(_MOST_RECORDS, max(fewest, n / _ALIKE))
     return max(1, int(min(by_time, most, piece_of(width))))

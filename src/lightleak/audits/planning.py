@@ -16,21 +16,19 @@ from typing import Any, cast
 
 import numpy as np
 
-from lightleak import signals
 from lightleak import statistics as st
 from lightleak.audits import judge
 from lightleak.audits.calibration import Scoring, score_shard
 from lightleak.audits.gather import gather
 from lightleak.audits.gather_controls import gather_control_models, gather_shuffled
 from lightleak.audits.measure import Shard, measure_shard
-from lightleak.audits.models import Model, describe, released
-from lightleak.audits.passes import Pass, open_pass
+from lightleak.audits.models import released
+from lightleak.audits.passes import begin, open_pass
 from lightleak.audits.references import Block, sum_block
 from lightleak.audits.set_tests import crosses_folds
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import Sides, read_sides
 from lightleak.audits.stored import Compared
-from lightleak.errors import UserError
 from lightleak.evidence import collect, memory
 from lightleak.evidence.gradients.rows import UnevenRows
 from lightleak.records import Record
@@ -199,8 +197,6 @@ def plan(
     Raises:
         UserError: input that cannot be used, with what to do about it.
     """
-    if not isinstance(options, Mapping):
-        options = signals.parse_options(options)
     chosen = AuditSettings.read(
         target=target, suspect=suspect, control=control, options=options, **settings
     )
@@ -215,11 +211,8 @@ def plan(
     ):
         reading = perf_counter() - begun
         run, rehearsal = Run.create(folder), _Rehearsal(executor)
-        (own,) = rehearsal.map(describe, [Model(chosen)])
-        chosen = chosen.of_kind(own.kind)
-        if sides.bank and own.kind != "dual-encoder":
-            raise UserError("only a dual encoder takes a bank of negatives", "--bank")
-        of = Pass(run.evidence, chosen, Model(chosen), own, "")
+        of = begin(run.evidence, chosen, sides, Silent(), rehearsal)
+        chosen, own = of.settings, of.description
         with progress.stage("Taking a few records through the model", 1 + len(others)) as advance:
             begun, rehearsal.spent = perf_counter(), 0.0
             sides = gather(run, of, sides, Silent(), rehearsal)

@@ -56,13 +56,10 @@ def build_references(
     """
     described = of.folder / "reference.json"
     norms = of.folder / "reference-norms.parquet"
-    if described.is_file() and not (
-        whole(norms)
-        and of.reference_file.is_file()
-        and read_json(described).get("sha256") == sha256(of.reference_file)
-    ):
-        described.unlink()  # Made anew, it is the same: the parts that were compared stay valid.
-    if not described.is_file():
+    about = read_json(described) if described.is_file() else {}
+    there = about and whole(norms) and of.reference_file.is_file()
+    if not there or about.get("sha256") != sha256(of.reference_file):
+        # Made anew, it is the same: the parts that were compared stay valid.
         folds = (
             [sides.side == "member"]
             if of.settings.protocol == "split"
@@ -76,10 +73,11 @@ def build_references(
         with progress.stage("Reference gradient", total) as advance:
             executor.map(sum_block, [block for each in blocks for block in each], advance)
         members = _combine(of, plan, blocks)
-        write_json(described, {"members": members, "sha256": sha256(of.reference_file)})
+        about = {"members": members, "sha256": sha256(of.reference_file)}
+        write_json(described, about)
     for file in of.folder.glob("reference-block-*.safetensors"):
         file.unlink()
-    return [set(each) for each in read_json(described)["members"]]
+    return [set(each) for each in about["members"]]
 
 
 def sum_block(block: Block, advance: Advance) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lightleak import signals, targets
 from lightleak.errors import UserError
@@ -143,7 +144,7 @@ class AuditSettings(SharedSettings):
             some of the controls aside for it, `bank_size` or a fifth of them.
         signals: names; none stands for all that fit the kind of target.
         primary: registered beforehand, it alone carries the verdict; empty takes `PRIMARY`.
-        options: of signals, by signal.
+        options: of signals, by signal; assignments like `mink.k=0.1` are read.
         protocol: `crossfit` fits on other folds of suspects and controls; `split` fits on the
             calibration records.
         design: what the user declares about how suspects and controls came apart.
@@ -180,6 +181,11 @@ class AuditSettings(SharedSettings):
     embeddings: str | None = None
     documentation: str | None = None
     cutoffs: Cutoffs = Cutoffs()
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _read(cls, options: Any) -> Any:
+        return options if isinstance(options, Mapping) else signals.parse_options(options)
 
     @model_validator(mode="after")
     def _consistent(self) -> AuditSettings:

@@ -119,7 +119,8 @@ def score(settings: AuditSettings, measured: Measured, name: str) -> Floats:
     """(n,) scores of one signal; NaN where a record cannot be scored or only calibrates."""
     stored = sorted(measured.folder.glob(f"scored-{name}-*.parquet"))
     reduced = (measured.folder / "rule.json").is_file() and name == "gradaudit"
-    if reduced and not (measured.folder / SCORED).is_file():
+    done = measured.folder / SCORED
+    if reduced and not (done.is_file() and read_json(done).get("shards") == len(stored)):
         raise UserError(
             "its evidence is not complete: not every record is scored at the kept slices",
             str(measured.folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import ImageChops
@@ -27,6 +27,8 @@ class Checked:
     """What the check found that the run must know.
 
     Attributes:
+        tokens: mean of the records that were tried.
+        selection: what is read of the gradients after all; None where none are.
         unreached: selected matrices that no gradient reaches (the last vision block of a LLaVA
             that takes its features one block earlier, say).
         one_by_one: selected matrices for whose sake records go through one at a time: parameters
@@ -36,13 +38,11 @@ class Checked:
             sees their gradient whole.
     """
 
+    tokens: float
+    selection: Selection | None
     unreached: set[str]
     one_by_one: tuple[str, ...]
-    unseen: set[str] = field(default_factory=set)
-
-    def select(self, selection: Selection) -> Selection:
-        """What is read after all."""
-        return selection.without(self.unreached).whole(self.unseen)
+    unseen: set[str]
 
 
 def self_check(
@@ -69,13 +69,15 @@ def self_check(
     if target.has_adapter:
         _check_adapter(target, encoded[0])
     uneven = _check_batches(target, engine, encoded, size)
+    tokens = sum(each.n_tokens for each in encoded) / len(encoded)
     if engine is None:
-        return Checked(set(), ())
+        return Checked(tokens, None, set(), (), set())
     alone = [target.collate([record]) for record in encoded]
     unseen = engine.unseen(alone[0])
     unreached = GradientEngine(target, engine.selection.whole(unseen)).unreached(alone)
-    found = Checked(unreached, uneven, unseen - unreached)
-    return replace(found, one_by_one=found.select(engine.selection).dense or uneven)
+    unseen -= unreached
+    selection = engine.selection.without(unreached).whole(unseen)
+    return Checked(tokens, selection, unreached, selection.dense or uneven, unseen)
 
 
 def _that_run(target: Target, records: Sequence[Record]) -> list[tuple[Record, EncodedRecord]]:

@@ -22,7 +22,6 @@ from lightleak.targets import Batch, Outputs, Target
 
 Consumer = Callable[[str, Gradients], None]
 
-
 # Largest difference of a captured gradient from autograd's, relative to its norm.
 _DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_DIFFERENCE = 0.1
