@@ -17,6 +17,7 @@ __all__ = [
     "judge",
     "plan",
     "probe",
+    "train_references",
     "write_report",
 ]
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightleak.audits.membership import audit
     from lightleak.audits.planning import plan
     from lightleak.audits.probing import probe
+    from lightleak.audits.reference_training import train_references
     from lightleak.report import report as write_report
     from lightleak.report.comparison import compare
     from lightleak.validity import Verdict
@@ -37,6 +39,7 @@ _ROOMS = {
     "judge": ("lightleak.audits.judge", "judge"),
     "plan": ("lightleak.audits.planning", "plan"),
     "probe": ("lightleak.audits.probing", "probe"),
+    "train_references": ("lightleak.audits.reference_training", "train_references"),
     # Not `report`: that is the room itself, once it is imported.
     "write_report": ("lightleak.report", "report"),
     "Verdict": ("lightleak.validity", "Verdict"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,13 @@ from safetensors.torch import load_file
 
 from lightleak import targets
 from lightleak.errors import UserError
+from lightleak.evidence.collect import encode
+from lightleak.lab.dual import tiny_clip, tiny_siglip
 from lightleak.lab.models import tiny_llava
 from lightleak.records import Record
-from lightleak.training import FineTuning, fine_tune
+from lightleak.training import FineTuning, fine_tune, fine_tune_epochs, pair_loss
 
+ADAPTER = "adapter_model.safetensors"
 RECIPE = FineTuning(epochs=3, batch_size=4, learning_rate=2e-3)
 
 
@@ -44,9 +48,12 @@ def loaded(folder, **options):
     return targets.load(folder, device="cpu", dtype="float32", **options)
 
 
-def losses(target, records):
-    from lightleak.evidence.collect import encode
+def same(one, other):
+    first, then = (load_file(folder / ADAPTER) for folder in (one, other))
+    return first.keys() == then.keys() and all(torch.equal(first[k], then[k]) for k in first)
 
+
+def losses(target, records):
     with torch.no_grad():
         return target.outputs(target.collate(encode(target, records).records)).losses
 
@@ -79,13 +86,9 @@ def test_order_and_start_depend_on_the_seed_alone(base, records, tmp_path):
         ("same", [replace(r, id=f"other-{r.id}") for r in records], 1),
         ("other", records, 2),
     ):
-        fine_tune(loaded(base), given, RECIPE, tmp_path / name, seed=seed)
-    one, same, other = (
-        load_file(tmp_path / name / "adapter_model.safetensors")
-        for name in ("one", "same", "other")
-    )
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+        fine_tune(loaded(base), given, replace(RECIPE, epochs=1), tmp_path / name, seed=seed)
+    assert same(tmp_path / "one", tmp_path / "same")
+    assert not same(tmp_path / "one", tmp_path / "other")
 
 
 def test_a_broken_training_goes_on_to_the_same_weights(base, records, tmp_path):
@@ -110,11 +113,54 @@ def test_a_broken_training_goes_on_to_the_same_weights(base, records, tmp_path):
     seen = []
     fine_tune(loaded(base), records, RECIPE, tmp_path / "broken", seed=0, progress=seen.append)
     assert len(seen) == 6, "the first epoch was trained once more"
-    whole, resumed = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken")
-    )
-    for name, weights in whole.items():
-        torch.testing.assert_close(resumed[name], weights, rtol=0, atol=0)
+    assert same(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_kept_epochs_are_those_of_the_whole_training(base, records, tmp_path):
+    kept = {epoch: tmp_path / "kept" / f"epoch-{epoch}" for epoch in (1, 2, 3)}
+    fine_tune_epochs(loaded(base), records, RECIPE, kept, seed=0)
+    told = [json.loads((folder / "trained.json").read_text()) for folder in kept.values()]
+    assert [each["epoch"] for each in told] == [1, 2, 3]
+    assert told[0]["loss"] > told[1]["loss"] > told[2]["loss"]
+    fine_tune(loaded(base), records, RECIPE, tmp_path / "whole", seed=0)
+    assert same(kept[3], tmp_path / "whole")
+    # Training stops behind the last that is kept, and the learning rate falls as if it did not.
+    early, seen = {2: tmp_path / "early"}, []
+    fine_tune_epochs(loaded(base), records, RECIPE, early, seed=0, progress=seen.append)
+    assert sum(seen) == 2 * len(records)
+    assert same(kept[2], early[2])
+    # An epoch that somebody removed is made again, and no other is touched.
+    before = (kept[3] / ADAPTER).stat().st_mtime_ns
+    kept[1].rename(tmp_path / "first")
+    fine_tune_epochs(loaded(base), records, RECIPE, kept, seed=0)
+    assert same(kept[1], tmp_path / "first")
+    assert (kept[3] / ADAPTER).stat().st_mtime_ns == before
+    assert sorted(each.name for each in (tmp_path / "kept").iterdir()) == [
+        *("epoch-1", "epoch-2", "epoch-3")
+    ]
+
+
+@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
+def test_an_adapter_on_a_dual_encoder_learns_the_pairs(records, tmp_path, make):
+    make(tmp_path / "base", ["red green blue"] * 3, seed=0)
+    told = [replace(each, text=str(i)) for i, each in enumerate(records)]
+    recipe = replace(RECIPE, epochs=10, batch_size=6, vision=True, learning_rate=1e-2)
+    fine_tune(loaded(tmp_path / "base"), told, recipe, tmp_path / "tuned", seed=0)
+    found = []
+    for target in (
+        loaded(tmp_path / "base"),
+        loaded(tmp_path / "base", adapter=tmp_path / "tuned"),
+    ):
+        with torch.no_grad():
+            found.append(pair_loss(target, target.collate(encode(target, told).records).inputs))
+    assert found[1] < 0.8 * found[0]
+
+
+def test_a_training_that_does_not_converge_is_told(base, records, tmp_path):
+    recipe = replace(RECIPE, method="full", learning_rate=1e30)
+    with pytest.raises(UserError, match="not finite"):
+        fine_tune(loaded(base), records, recipe, tmp_path / "tuned", seed=0)
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_a_record_that_the_model_cannot_read_is_named(base, records, tmp_path):

@@ -22,6 +22,7 @@ from lightleak.cli import (
     lab,
     plan,
     probe,
+    references,
     report,
     signals,
     watermark,
@@ -49,6 +50,7 @@ app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("signals")(signals.signals)
 app.command("doctor")(doctor.doctor)
+app.add_typer(references.app, name="references")
 app.add_typer(lab.app, name="lab")
 
 

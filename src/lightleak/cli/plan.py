@@ -77,11 +77,11 @@ def show(forecast: Forecast) -> None:
     )
     held = forecast.memory
     _say(
-        f"Memory, each process: {_bytes(held.weights + held.batch)} (weights "
-        f"{_bytes(held.weights)}, the largest batch {_bytes(held.batch)}), beside the program."
+        f"Memory, each process: {size(held.weights + held.batch)} (weights "
+        f"{size(held.weights)}, the largest batch {size(held.batch)}), beside the program."
     )
-    meanwhile = f", and {_bytes(forecast.scratch_bytes)} meanwhile" * bool(forecast.scratch_bytes)
-    _say(f"Disk: {_bytes(forecast.evidence_bytes)} of evidence{meanwhile}.\n")
+    meanwhile = f", and {size(forecast.scratch_bytes)} meanwhile" * bool(forecast.scratch_bytes)
+    _say(f"Disk: {size(forecast.evidence_bytes)} of evidence{meanwhile}.\n")
     _power(forecast)
     output.print(_prospects(forecast.prospects), highlight=False, markup=False)
     if not declared.hopeless:
@@ -95,11 +95,15 @@ def _processes(forecast: Forecast) -> str:
 
 def _steps(forecast: Forecast) -> Table:
     table = _table(">records", ">shards", ">time", first=("pass", "step"))
-    table.add_row("records", "reading, comparing", "", "", _time(forecast.reading_seconds))
+    table.add_row("records", "reading, comparing", "", "", duration(forecast.reading_seconds))
     for each in forecast.steps:
-        numbers = (f"{each.records:,}", f"{each.shards:,}", _time(each.seconds(forecast.workers)))
+        numbers = (
+            f"{each.records:,}",
+            f"{each.shards:,}",
+            duration(each.seconds(forecast.workers)),
+        )
         table.add_row(each.of, each.what, *numbers)
-    table.add_row("in all", "", "", "", _time(forecast.seconds))
+    table.add_row("in all", "", "", "", duration(forecast.seconds))
     return table
 
 
@@ -149,12 +153,14 @@ def _say(text: str) -> None:
     output.print(text, markup=False, highlight=False)
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a reader takes them in."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _bytes(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes likewise."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count, 1e5) / 1e6:.1f} MB"

@@ -5,7 +5,14 @@ from lightleak.records.folds import assign_folds
 from lightleak.records.images import image_bytes, image_sha256, open_rgb
 from lightleak.records.load import load
 from lightleak.records.people import PeopleSet, Person, Photo, load_people
-from lightleak.records.record import DEFAULT_PROMPT, Failure, Record, RecordSet, content_sha256
+from lightleak.records.record import (
+    DEFAULT_PROMPT,
+    Failure,
+    Record,
+    RecordSet,
+    content_key,
+    content_sha256,
+)
 
 __all__ = [
     "DEFAULT_PROMPT",
@@ -16,6 +23,7 @@ __all__ = [
     "Record",
     "RecordSet",
     "assign_folds",
+    "content_key",
     "content_sha256",
     "image_bytes",
     "image_sha256",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from lightleak.records.images import image_sha256
+from lightleak.records.images import image_sha256, open_rgb
 
 DEFAULT_PROMPT = "Describe the image."
 
@@ -76,3 +76,16 @@ def content_sha256(records: Iterable[Record]) -> str:
         fields = [record.id, record.prompt, record.text, record.group, image]
         digest.update(json.dumps(fields).encode())
     return digest.hexdigest()
+
+
+def content_key(record: Record) -> str:
+    """What a record is known by whatever file it stands in: a hex digest over the decoded pixels,
+    the prompt and the text.
+
+    Raises:
+        UserError: the image cannot be decoded.
+    """
+    image = open_rgb(record.image)
+    pixels = sha256(image.tobytes()).hexdigest()
+    fields = [image.size, pixels, record.prompt, record.text]
+    return sha256(json.dumps(fields).encode()).hexdigest()
