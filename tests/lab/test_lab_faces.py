@@ -134,7 +134,11 @@ def test_the_tokenizer_knows_members_names_no_better_than_others(tmp_path: Path)
         ({"copies": [5, 0]}, "at least one training pair"),
         ({"photos_trained": 10}, "1 to 9"),
         ({"attack_photos": "some"}, "all or unseen"),
-        ({"caption_shift": True}, "no captions"),
+        (
+            {"caption_shift": True},
+            "--caption-shift.*it is for captions-tiny",
+        ),
+        ({"prevalence": 0.5}, "--prevalence.*faces does not take it"),
     ],
 )
 def test_an_impossible_request_is_one_clear_line(
@@ -143,11 +147,6 @@ def test_an_impossible_request_is_one_clear_line(
     with pytest.raises(UserError, match=message) as error:
         _build(tmp_path / "out", **options)
     assert "\n" not in str(error.value)
-
-
-def test_other_recipes_refuse_what_only_faces_understands(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only the recipe faces takes copies"):
-        build("pairs-clip", tmp_path / "out", copies=5)
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from lightleak.errors import UserError
 from lightleak.evidence import collect
 from lightleak.evidence.table import token_statistics
 from lightleak.evidence.tokens import AnswerReader
-from lightleak.lab import LabTarget, build, recipes
+from lightleak.lab import LabTarget, build
+from lightleak.lab.captions import write_pool
 from lightleak.lab.corpora import scenes
+from lightleak.lab.request import Request
 from lightleak.records import load
 from lightleak.runs import Advance
 
@@ -76,10 +79,8 @@ def test_membership_is_as_likely_for_every_place_in_the_pool(tmp_path: Path) -> 
     for seed in range(100):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        members, _ = recipes._write_pool(
-            recipes._Request("captions-tiny", seed, 4, 4, 1, False), folder
-        )
-        chosen[[int(record.id.removeprefix("scene-")) for record in members]] += 1
+        pool = write_pool(Request("captions-tiny", seed, 4, 4, 1, False), folder)
+        chosen[[int(record.id.removeprefix("scene-")) for record in pool.trained]] += 1
     # Binomial(100, 1/2): four standard deviations are 20.
     assert np.abs(chosen - 50).max() < 20
 
@@ -98,6 +99,70 @@ def test_a_planted_shift_rewords_the_nonmembers_and_changes_nothing_else(tmp_pat
     assert images[0] == images[1]
 
 
+def test_a_share_of_the_suspects_is_used_and_nothing_but_the_truth_says_which(
+    tmp_path: Path,
+) -> None:
+    used = np.zeros(16)
+    for seed in range(60):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        pool = write_pool(Request("captions-tiny", seed, 16, 4, 1, False, prevalence=0.25), folder)
+        suspects, known, held_out = (
+            _texts(folder / f"{name}.jsonl") for name in ("suspects", "known", "nonmembers")
+        )
+        truth = json.loads((folder / "truth.json").read_text())["member"]
+        member = [truth[key] for key in suspects]
+        assert (len(member), sum(member), len(known), len(held_out)) == (16, 4, 12, 4)
+        assert all(truth[key] for key in known)
+        assert not any(truth[key] for key in held_out)
+        assert {record.id for record in pool.trained} == {key for key in truth if truth[key]}
+        used += member
+    # Neither the place in the file nor the id is that of a member: Binomial(60, 1/4) a place.
+    assert np.abs(used - 15).max() < 4 * np.sqrt(60 * 3 / 16)
+    assert list(suspects) == sorted(suspects)
+
+
+def test_who_was_not_used_is_not_known_to_the_target(tmp_path: Path) -> None:
+    made = build(
+        "captions-tiny", tmp_path / "out", members=32, nonmembers=8, epochs=20, prevalence=0.5
+    )
+    assert (made.members.name, made.known and made.known.name) == ("suspects.jsonl", "known.jsonl")
+    truth = json.loads(made.truth.read_text())["member"]
+    likelihood = _mean_log_likelihood(targets.load(made.target), made.members)
+    assert roc_auc_score([truth[key] for key in _texts(made.members)], likelihood) > 0.85
+
+
+def test_members_that_stand_often_in_training_are_known_better(tmp_path: Path) -> None:
+    small = {"members": 16, "nonmembers": 16, "epochs": 2}
+    stages = _Stages()
+    areas = []
+    for copies in (1, 8):
+        made = build(
+            "captions-tiny", tmp_path / str(copies), copies=copies, progress=stages, **small
+        )
+        target = targets.load(made.target)
+        scores = [_mean_log_likelihood(target, file) for file in (made.members, made.nonmembers)]
+        areas.append(roc_auc_score([1] * 16 + [0] * 16, np.concatenate(scores)))
+        assert len(_texts(made.members)) == 16
+    assert stages.seen == ["Training the target 32", "Training the target 256"]
+    assert areas[1] > areas[0] + 0.1
+
+
+def test_a_target_tuned_whole_has_left_its_base_where_it_was(tmp_path: Path) -> None:
+    made = build("captions-full", tmp_path / "out", members=16, nonmembers=48, epochs=8)
+    assert made.adapter is None
+    assert made.base is not None
+    areas = []
+    for model in (made.base, made.target):
+        target = targets.load(model)
+        scores = [_mean_log_likelihood(target, file) for file in (made.members, made.nonmembers)]
+        areas.append(roc_auc_score([1] * 16 + [0] * 48, np.concatenate(scores)))
+    assert abs(areas[0] - 0.5) < 0.3  # Sixteen against 48: four standard errors.
+    assert areas[1] > areas[0] + 0.1
+    named = [n for n, data in _files(made.truth.parent).items() if str(tmp_path).encode() in data]
+    assert named == []
+
+
 def test_the_same_request_is_trained_once_and_again_only_without_the_cache(
     tmp_path: Path, cache: Path
 ) -> None:
@@ -112,10 +177,18 @@ def test_the_same_request_is_trained_once_and_again_only_without_the_cache(
 
 
 @pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"epochs": 2}, {"members": 13}, {"caption_shift": True}]
+    "other",
+    [
+        {"seed": 1},
+        {"epochs": 2},
+        {"members": 13},
+        {"caption_shift": True},
+        {"prevalence": 0.5},
+        {"copies": 2},
+    ],
 )
 def test_other_settings_are_never_served_from_the_cache(
-    other: dict[str, int], tmp_path: Path
+    other: dict[str, Any], tmp_path: Path
 ) -> None:
     build("captions-tiny", tmp_path / "a", **_SMALL)
     stages = _Stages()
@@ -169,10 +242,15 @@ def test_nothing_that_a_recipe_writes_names_the_folder_it_was_built_in(
         ("caption-tiny", {}, "unknown recipe.*captions-tiny"),
         ("captions-tiny", {"members": 0}, "at least one member"),
         ("captions-tiny", {"epochs": 0}, "epoch"),
+        ("captions-tiny", {"prevalence": 1.5}, "prevalence 1.5.*share from 0 to 1"),
+        ("captions-full", {"copies": 0}, "copies 0.*at least once"),
+        ("captions-full", {"copies": [1, 5]}, "copies 1,5.*one number"),
+        ("pairs-clip", {"attack_photos": "all"}, "--attack-photos.*it is for faces"),
+        ("vqa", {"prevalence": 0.5}, "--prevalence.*vqa does not take it; it is for captions-tiny"),
     ],
 )
 def test_an_impossible_request_is_one_clear_line(
-    recipe: str, numbers: dict[str, int], message: str, tmp_path: Path
+    recipe: str, numbers: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
         build(recipe, tmp_path / "out", **numbers)

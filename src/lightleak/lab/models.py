@@ -127,10 +127,10 @@ def _llava(
     save(folder, lambda: LlavaForConditionalGeneration(config), processor, seed)
 
 
-def clip_image_processor(side: int) -> Any:
+def clip_image_processor(side: int, **settings: Any) -> Any:
     """CLIP's image processor at `side` pixels, in the form that needs no torchvision."""
     return CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **settings
     )
 
 

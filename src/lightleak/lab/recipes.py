@@ -7,31 +7,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from lightleak import targets
 from lightleak.errors import UserError
-from lightleak.lab import corpora, faces, vqa
-from lightleak.lab.corpora import Scene
+from lightleak.lab import captions, corpora, faces, vqa
 from lightleak.lab.dual import tiny_clip
 from lightleak.lab.faces import Exposure
-from lightleak.lab.models import IMAGE_SIDE, reading_llava, tiny_llava
-from lightleak.lab.train import Training, train
+from lightleak.lab.models import reading_llava
+from lightleak.lab.request import Request
+from lightleak.lab.train import Training, teach
 from lightleak.planting import FIELDS, draw_personas
-from lightleak.records import Record, load
+from lightleak.records import load
 from lightleak.runs import Progress, Silent, cache_folder, write_json
 from lightleak.validity.decoys import draw_names
 
-# Raised when a recipe changes what it writes: older caches are then built again.
-_VERSION = 1
-_PUBLIC_PER_MEMBER = 2
-_LORA_RANK = 16
 _TOKENIZER_NAMES = 3000
 _TOKENIZER_PERSONAS = 400
 
@@ -45,6 +37,9 @@ class LabTarget:
         adapter: the adapter trained on the members, or None.
         base: the model before it saw the members, or None when trained from nothing.
         members, nonmembers: records files; of `faces` folders of people with their `names.csv`.
+            With a prevalence below 1, `members` is `suspects.jsonl`, where unused records are
+            mixed with members.
+        known: with a prevalence below 1, further records that were trained on; else None.
         truth: JSON with the membership of every id or person, and how the target was made.
     """
 
@@ -53,20 +48,8 @@ class LabTarget:
     base: Path | None
     members: Path
     nonmembers: Path
+    known: Path | None
     truth: Path
-
-
-@dataclass(frozen=True)
-class _Request:
-    """All that decides what a recipe writes."""
-
-    recipe: str
-    seed: int
-    members: int
-    nonmembers: int
-    epochs: int
-    caption_shift: bool
-    exposure: Exposure | None = None
 
 
 def build(
@@ -78,20 +61,22 @@ def build(
     nonmembers: int | None = None,
     epochs: int | None = None,
     caption_shift: bool = False,
+    prevalence: float | None = None,
     copies: int | Sequence[int] | None = None,
     photos_trained: int | None = None,
     attack_photos: str | None = None,
     progress: Progress | None = None,
 ) -> LabTarget:
-    """Train a small model on members, and write members, non-members and truth.
+    """Train a model on members, and write members, non-members and truth.
 
     Args:
         recipe: `captions-tiny`, a LLaVA trained from nothing on the members; `captions-lora`, one
-            trained on other, public scenes and then tuned on the members by LoRA; `pairs-clip`, a
-            CLIP trained from nothing on the members; `faces`, a CLIP trained on faces of the
-            members with invented names, among scenes; or `vqa`, a LLaVA trained from nothing on
-            the members, questions about shapes at a resolution where text can be read, whose
-            non-members serve to fine-tune and probe it.
+            trained on other, public scenes and then tuned on the members by LoRA, `captions-full`
+            in all its weights; `real-parts`, likewise by LoRA, of a ViT-S and SmolLM2-135M;
+            `pairs-clip`, a CLIP trained from nothing on the members; `faces`, a CLIP trained on
+            faces of the members with invented names, among scenes; or `vqa`, a LLaVA trained from
+            nothing on the members, questions about shapes at a resolution where text can be read,
+            whose non-members serve to fine-tune and probe it.
         out: folder to write; taken as it is if the same recipe wrote it.
         seed: of scenes, membership, weights and order.
         members, nonmembers: how many records of each, of `faces` people; None takes the recipe's
@@ -99,35 +84,50 @@ def build(
         epochs: passes over the members.
         caption_shift: word the non-members' captions in another style, a shift that has nothing to
             do with training.
-        copies, photos_trained, attack_photos: for `faces` only; see `lab.faces.Exposure`.
+        prevalence: the share of the suspects that is trained on; None for all of them. Other
+            records are trained on in place of the rest, so that the target learns as much
+            whatever the share.
+        copies: how often each member stands in the training data; of `faces` several numbers are
+            dealt out.
+        photos_trained, attack_photos: for `faces` only; see `lab.faces.Exposure`.
         progress: shows how far it is.
 
     Raises:
-        UserError: an unknown recipe, impossible numbers, missing packages, or a folder that holds
-            something else.
+        UserError: an unknown recipe, impossible numbers, an option that the recipe does not take,
+            missing packages, or a folder that holds something else.
     """
-    if recipe not in _RECIPES:
-        raise UserError(f"unknown recipe; there are {', '.join(_RECIPES)}", recipe)
-    own = _RECIPES[recipe]
-    request = _Request(
+    own = _recipe(recipe)
+    several = (copies,) if isinstance(copies, int) else None if copies is None else tuple(copies)
+    options: dict[str, Any] = {
+        "caption_shift": caption_shift or None,
+        "prevalence": prevalence,
+        "copies": several,
+        "photos_trained": photos_trained,
+        "attack_photos": attack_photos,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() - own.options:
+        takers = ", ".join(other for other, each in _RECIPES.items() if name in each.options)
+        option = f"--{name}".replace("_", "-")
+        raise UserError(f"the recipe {recipe} does not take it; it is for {takers}", option)
+    of_people = "photos_trained" in own.options
+    if not of_people and several is not None and len(several) != 1:
+        raise UserError("one number is wanted", f"--copies {','.join(map(str, several))}")
+    request = Request(
         recipe,
         seed,
         own.members if members is None else members,
         own.nonmembers if nonmembers is None else nonmembers,
         own.epochs if epochs is None else epochs,
         caption_shift,
-        _exposure(recipe, copies, photos_trained, attack_photos),
+        exposure=Exposure(**given) if of_people else None,
+        prevalence=None if prevalence == 1 else prevalence,
+        copies=None if of_people or several in (None, (1,)) else several[0],
     )
-    if request.members < 1 or request.nonmembers < 1:
-        raise UserError("a lab target needs at least one member and one non-member")
-    if request.epochs < 1:
-        raise UserError("training needs at least one epoch", f"--epochs {epochs}")
-    if recipe in ("faces", "vqa") and caption_shift:
-        raise UserError(f"the recipe {recipe} has no captions to shift", "--caption-shift")
     folder = Path(out)
     described = folder / "truth.json"
     if described.is_file():
-        if json.loads(described.read_text(encoding="utf-8"))["settings"] != _settings(request):
+        if json.loads(described.read_text(encoding="utf-8"))["settings"] != request.settings():
             raise UserError(
                 "it holds a lab target of other settings", str(folder), "Give another --out."
             )
@@ -140,47 +140,42 @@ def build(
         shutil.rmtree(copying, ignore_errors=True)
         shutil.copytree(cached, copying)
         copying.replace(folder)
+    kind = "" if request.exposure else ".jsonl"
+    adapter, base = folder / "adapter", folder / "base"
     return LabTarget(
-        target=folder / ("base" if (folder / "adapter").is_dir() else "target"),
-        adapter=folder / "adapter" if (folder / "adapter").is_dir() else None,
-        base=folder / "base" if (folder / "base").is_dir() else None,
-        members=folder / ("members" if request.exposure else "members.jsonl"),
-        nonmembers=folder / ("nonmembers" if request.exposure else "nonmembers.jsonl"),
+        target=base if adapter.is_dir() else folder / "target",
+        adapter=adapter if adapter.is_dir() else None,
+        base=base if base.is_dir() else None,
+        members=folder / f"{'suspects' if request.unused else 'members'}{kind}",
+        nonmembers=folder / f"nonmembers{kind}",
+        known=folder / "known.jsonl" if request.unused else None,
         truth=described,
     )
 
 
-def _exposure(
-    recipe: str,
-    copies: int | Sequence[int] | None,
-    photos_trained: int | None,
-    attack_photos: str | None,
-) -> Exposure | None:
-    several = (copies,) if isinstance(copies, int) else copies and tuple(copies)
-    options: dict[str, Any] = {
-        "copies": several,
-        "photos_trained": photos_trained,
-        "attack_photos": attack_photos,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    if recipe == "faces":
-        return Exposure(**given)
-    if given:
-        raise UserError(f"only the recipe faces takes {', '.join(given)}", recipe)
-    return None
+def kind_of(recipe: str) -> str:
+    """Of the target that a recipe makes, generative or dual-encoder.
+
+    Raises:
+        UserError: an unknown recipe, or one whose members are no records.
+    """
+    kind = _recipe(recipe).kind
+    if not kind:
+        raise UserError("its members are people; see lightleak identify", recipe)
+    return kind
 
 
-def _settings(request: _Request) -> dict[str, Any]:
-    """What decides a folder, as it comes back from JSON; without what a recipe does not know."""
-    settings = {key: value for key, value in asdict(request).items() if value is not None}
-    return dict(json.loads(json.dumps({**settings, "version": _VERSION})))
+def _recipe(name: str) -> _Recipe:
+    if name not in _RECIPES:
+        raise UserError(f"unknown recipe; there are {', '.join(_RECIPES)}", name)
+    return _RECIPES[name]
 
 
 def _cached(
-    request: _Request, make: Callable[[_Request, Path, Progress], None], progress: Progress
+    request: Request, make: Callable[[Request, Path, Progress], None], progress: Progress
 ) -> Path:
     """The recipe's folder in the user's cache, built there whole or not at all."""
-    key = hashlib.sha256(json.dumps(_settings(request), sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(request.settings(), sort_keys=True).encode()).hexdigest()[:16]
     root = cache_folder()
     final = root / f"{request.recipe}-{key}"
     if not final.is_dir():
@@ -199,77 +194,7 @@ def _cached(
     return final
 
 
-def _write_pool(request: _Request, folder: Path) -> tuple[list[Record], list[Record]]:
-    """Draw scenes, then who is a member among them; write records, images and truth."""
-    total = request.members + request.nonmembers
-    scenes = corpora.scenes(total, seed=request.seed)
-    drawn = np.random.default_rng([request.seed, 1]).permutation(total)[: request.members]
-    member = np.isin(np.arange(total), drawn)
-    ids = [f"scene-{i:05d}" for i in range(total)]
-    (folder / "img").mkdir()
-    for name, side in (("members", True), ("nonmembers", False)):
-        style: corpora.Style = "list" if request.caption_shift and not side else "sentence"
-        rows = [
-            _write_scene(folder, ids[i], scenes[i], style)
-            for i in range(total)
-            if bool(member[i]) is side
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
-    write_json(
-        folder / "truth.json",
-        {
-            "settings": _settings(request),
-            "member": {key: bool(flag) for key, flag in zip(ids, member, strict=True)},
-            "attribution": corpora.ATTRIBUTION,
-        },
-    )
-    return _read(folder / "members.jsonl"), _read(folder / "nonmembers.jsonl")
-
-
-def _write_scene(folder: Path, key: str, scene: Scene, style: corpora.Style) -> str:
-    (folder / "img" / f"{key}.png").write_bytes(scene.png(IMAGE_SIDE))
-    row = {"id": key, "image": f"img/{key}.png", "text": scene.caption(style)}
-    return json.dumps(row) + "\n"
-
-
-def _scenes(number: int, seed: int) -> list[Record]:
-    return [
-        Record(id=f"scene-{i:05d}", image=scene.png(IMAGE_SIDE), text=scene.caption())
-        for i, scene in enumerate(corpora.scenes(number, seed=seed))
-    ]
-
-
-def _read(file: Path) -> list[Record]:
-    return list(load(file, strict=True).records)
-
-
-def _captions_tiny(request: _Request, folder: Path, progress: Progress) -> None:
-    members, nonmembers = _write_pool(request, folder)
-    texts = [record.text for record in (*members, *nonmembers)]
-    tiny_llava(folder / "target", texts, seed=request.seed)
-    _teach(folder / "target", members, Training(request.epochs, 2e-3), request.seed, progress)
-
-
-def _captions_lora(request: _Request, folder: Path, progress: Progress) -> None:
-    members, nonmembers = _write_pool(request, folder)
-    # Public scenes come from another stream of the same distribution and are in neither side.
-    taken = {record.text for record in (*members, *nonmembers)}
-    others = _scenes(_PUBLIC_PER_MEMBER * request.members, request.seed + 2**20)
-    public = [record for record in others if record.text not in taken]
-    tiny_llava(folder / "base", [record.text for record in public], seed=request.seed)
-    _teach(folder / "base", public, Training(6, 2e-3), request.seed, progress)
-    _teach_adapter(folder, members, Training(request.epochs, 4e-3), request.seed, progress)
-
-
-def _pairs_clip(request: _Request, folder: Path, progress: Progress) -> None:
-    members, nonmembers = _write_pool(request, folder)
-    texts = [record.text for record in (*members, *nonmembers)]
-    tiny_clip(folder / "target", texts, seed=request.seed)
-    training = Training(request.epochs, 1e-3, batch_size=32)
-    _teach(folder / "target", members, training, request.seed, progress)
-
-
-def _faces(request: _Request, folder: Path, progress: Progress) -> None:
+def _faces(request: Request, folder: Path, progress: Progress) -> None:
     exposure = request.exposure or Exposure()
     people = faces.draw_people(request.members, request.nonmembers, exposure, seed=request.seed)
     faces.write_people(folder / "people", people)
@@ -278,13 +203,13 @@ def _faces(request: _Request, folder: Path, progress: Progress) -> None:
     write_json(
         folder / "truth.json",
         {
-            "settings": _settings(request),
+            "settings": request.settings(),
             "people": {person.key: person.truth() for person in people},
             "attribution": f"{faces.ATTRIBUTION} {corpora.ATTRIBUTION}",
         },
     )
     pairs = [pair for person in people for pair in person.pairs(request.seed)]
-    filler = _scenes(max(1, len(pairs) // 2), request.seed)
+    filler = captions.scene_records(max(1, len(pairs) // 2), seed=request.seed)
     # Names of strangers: the tokenizer must know no person's name better than any other.
     strangers = draw_names(_TOKENIZER_NAMES, seed=request.seed + 2**20)
     sentences = cycle(faces.CAPTIONS)
@@ -292,10 +217,10 @@ def _faces(request: _Request, folder: Path, progress: Progress) -> None:
     texts += [record.text for record in filler]
     tiny_clip(folder / "target", texts, seed=request.seed)
     training = Training(request.epochs, 1e-3, batch_size=32)
-    _teach(folder / "target", [*pairs, *filler], training, request.seed, progress)
+    teach(folder / "target", [*pairs, *filler], training, seed=request.seed, progress=progress)
 
 
-def _vqa(request: _Request, folder: Path, progress: Progress) -> None:
+def _vqa(request: Request, folder: Path, progress: Progress) -> None:
     asked = vqa.questions(request.members + request.nonmembers, seed=request.seed)
     # The order is a draw already, so the first of them are members by lot.
     sides = {"members": asked[: request.members], "nonmembers": asked[request.members :]}
@@ -306,7 +231,7 @@ def _vqa(request: _Request, folder: Path, progress: Progress) -> None:
     write_json(
         folder / "truth.json",
         {
-            "settings": _settings(request),
+            "settings": request.settings(),
             "member": {
                 _question_id(each): name == "members" for name in sides for each in sides[name]
             },
@@ -319,7 +244,8 @@ def _vqa(request: _Request, folder: Path, progress: Progress) -> None:
     texts += [persona.value(field) for persona in personas for field in FIELDS]
     reading_llava(folder / "target", texts, seed=request.seed)
     training = Training(request.epochs, 5e-4)
-    _teach(folder / "target", _read(folder / "members.jsonl"), training, request.seed, progress)
+    members = load(folder / "members.jsonl", strict=True).records
+    teach(folder / "target", members, training, seed=request.seed, progress=progress)
 
 
 def _write_question(folder: Path, asked: vqa.Question) -> str:
@@ -338,53 +264,32 @@ def _question_id(asked: vqa.Question) -> str:
     return f"shape-{asked.picture:05d}"
 
 
-def _teach(
-    folder: Path, records: Sequence[Record], training: Training, seed: int, progress: Progress
-) -> None:
-    """Train every parameter and write the model back."""
-    target = targets.load(folder, device="cpu", dtype="float32")
-    target.model.requires_grad_(True)
-    with progress.stage("Training the target", len(records) * training.epochs) as advance:
-        train(target, records, training, seed=seed, progress=advance)
-    with targets.quiet():
-        target.model.save_pretrained(folder)
-
-
-def _teach_adapter(
-    folder: Path, records: Sequence[Record], training: Training, seed: int, progress: Progress
-) -> None:
-    """Train a LoRA adapter on the language model and projector, and write it."""
-    from peft import LoraConfig, get_peft_model
-
-    target = targets.load(folder / "base", device="cpu", dtype="float32")
-    # peft would write where the base was built, a folder that is gone when the recipe is done.
-    target.model.name_or_path = target.model.config.name_or_path = ""
-    config = LoraConfig(
-        r=_LORA_RANK,
-        lora_alpha=2 * _LORA_RANK,
-        target_modules=r".*(language_model.*_proj|multi_modal_projector\.linear_\d)",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = get_peft_model(target.model, config)
-    tuned = replace(target, model=model)
-    with progress.stage("Training the adapter", len(records) * training.epochs) as advance:
-        train(tuned, records, training, seed=seed, progress=advance)
-    model.save_pretrained(folder / "adapter")
+_OF_CAPTIONS = frozenset(("caption_shift", "prevalence", "copies"))
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    make: Callable[[_Request, Path, Progress], None]
+    make: Callable[[Request, Path, Progress], None]
     epochs: int
     members: int = 300
     nonmembers: int = 600
+    kind: str = "generative"
+    options: frozenset[str] = _OF_CAPTIONS
 
 
 _RECIPES = {
-    "captions-tiny": _Recipe(_captions_tiny, epochs=9),
-    "captions-lora": _Recipe(_captions_lora, epochs=12),
-    "pairs-clip": _Recipe(_pairs_clip, epochs=36),
-    "faces": _Recipe(_faces, epochs=25, members=20, nonmembers=20),
-    "vqa": _Recipe(_vqa, epochs=8, members=2400, nonmembers=1400),
+    "captions-tiny": _Recipe(captions.captions_tiny, epochs=9),
+    "captions-lora": _Recipe(captions.captions_lora, epochs=12),
+    "captions-full": _Recipe(captions.captions_full, epochs=6),
+    "real-parts": _Recipe(captions.real, epochs=6, members=100, nonmembers=200),
+    "pairs-clip": _Recipe(captions.pairs_clip, epochs=36, kind="dual-encoder"),
+    "faces": _Recipe(
+        _faces,
+        epochs=25,
+        members=20,
+        nonmembers=20,
+        kind="",
+        options=frozenset(("copies", "photos_trained", "attack_photos")),
+    ),
+    "vqa": _Recipe(_vqa, epochs=8, members=2400, nonmembers=1400, options=frozenset()),
 }
