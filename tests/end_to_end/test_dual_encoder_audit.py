@@ -394,8 +394,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("asked", "said"),
         [
-            ({"signals": ("cosine",)}, "not for a generative target; there are grad_norm"),
-            ({"signals": ("loss", "weak")}, "not for a generative target; there are grad_norm"),
+            ({"signals": ("cosine",)}, "not for a generative target; there are aug_kl"),
+            ({"signals": ("loss", "weak")}, "not for a generative target; there are aug_kl"),
             ({"signals": ("loss",), "bank": True}, "only a dual encoder takes a bank"),
         ],
     )

@@ -12,7 +12,7 @@ from lightleak.cli.console import output
 def signals() -> None:
     """List the signals with their sources and options."""
     from lightleak import signals as room
-    from lightleak.evidence.readings import OF_KIND
+    from lightleak.evidence.readings import EXTRA, OF_KIND
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("signal", "for", "what it is", "source", "options (--set SIGNAL.OPTION=VALUE)"):
@@ -24,7 +24,16 @@ def signals() -> None:
             for option, parameter in each.options.items()
         )
         kinds = [kind for kind, needs in OF_KIND.items() if each.needs in needs]
-        table.add_row(name, " and ".join(kinds), each.summary, each.source, options or "—")
+        further = EXTRA.get(each.needs)
+        unit = "answers" if "endpoint" in kinds else "forwards"
+        cost = f" Of a model only where it is named: {further} more {unit} a record."
+        table.add_row(
+            name,
+            " and ".join(kinds),
+            each.summary + cost * bool(further),
+            each.source,
+            options or "—",
+        )
     output.print(table, markup=False)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationConfig
 
 from lightleak.errors import UserError
 from lightleak.records import Record
@@ -22,6 +24,25 @@ _NEVER_FED = ("labels", "offset_mapping", "special_tokens_mask")
 
 
 @dataclass(frozen=True)
+class Heard:
+    """Next-token logits at some tokens of a record's prompt, without a graph.
+
+    Attributes:
+        logits: (tokens, vocabulary), as the model computed them.
+        tokens: (tokens,) the ids that they predict; None in an image.
+    """
+
+    logits: Tensor
+    tokens: Tensor | None
+
+    def log_probabilities(self, most: int) -> Iterator[Tensor]:
+        """Log-probabilities, float32 or wider, of at most so many tokens at a time."""
+        wide = _wide(self.logits)
+        for logits in torch.split(self.logits, most):
+            yield torch.log_softmax(logits.to(wide), -1)
+
+
+@dataclass(frozen=True)
 class Answers(Outputs):
     """What the model says of each record's answer.
 
@@ -30,18 +51,31 @@ class Answers(Outputs):
             a float64 model) whatever the model computes in, so that half precision never enters
             a softmax.
         tokens: the answers' token ids, one 1-D tensor a record.
+        prompts: one a record: what was heard at its `image` and its `instruction`; empty where
+            the target does not listen there.
     """
 
     log_probabilities: Sequence[Tensor]
     tokens: Sequence[Tensor]
+    prompts: Sequence[Mapping[str, Heard]]
 
     @property
     def losses(self) -> Tensor:
         """(n,) mean cross-entropy over each record's own answer tokens, in nats."""
-        return torch.stack([-each.mean() for each in self.vectors()])
+        return torch.stack([-each.mean() for each in self._likelihoods()])
 
     def vectors(self) -> list[Tensor]:
-        """The log-likelihoods of each answer's tokens."""
+        """The log-likelihoods of each answer's tokens, and the entropies of all that is kept."""
+        kept = [
+            chain([each], *(heard.log_probabilities(64) for heard in prompt.values()))
+            for each, prompt in zip(self.log_probabilities, self.prompts, strict=True)
+        ]
+        return [
+            torch.cat([own, *(torch.special.entr(each.exp()).sum(-1) for each in said)])
+            for own, said in zip(self._likelihoods(), kept, strict=True)
+        ]
+
+    def _likelihoods(self) -> list[Tensor]:
         return [
             each.gather(1, tokens[:, None])[:, 0]
             for each, tokens in zip(self.log_probabilities, self.tokens, strict=True)
@@ -49,14 +83,21 @@ class Answers(Outputs):
 
     def detach(self) -> Answers:
         """The same without a graph."""
-        return Answers([each.detach() for each in self.log_probabilities], self.tokens)
+        own = [each.detach() for each in self.log_probabilities]
+        return Answers(own, self.tokens, self.prompts)
 
 
 @dataclass
 class GenerativeTarget(Target):
-    """An image-text-to-text model."""
+    """An image-text-to-text model.
+
+    Attributes:
+        hears_prompt: whether outputs say what the model expects at its image and instruction;
+            logits are then computed at every token.
+    """
 
     kind: ClassVar[str] = "generative"
+    hears_prompt: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,13 +219,13 @@ class GenerativeTarget(Target):
         """Next-token log-probabilities where each record's answer is predicted."""
         inputs: dict[str, Any] = dict(batch.inputs)
         skipped = 0
-        if "logits_to_keep" in self._accepts:
+        if "logits_to_keep" in self._accepts and not self.hears_prompt:
             # Image and prompt positions predict nothing that is asked for.
             length = inputs["input_ids"].shape[1]
             skipped = min(start for start, _ in batch.answers) - 1
             inputs["logits_to_keep"] = length - skipped
         logits: Tensor = self.model(**inputs, use_cache=False).logits
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        wide = _wide(logits)
         ids = batch.inputs["input_ids"]
         return Answers(
             [
@@ -193,7 +234,69 @@ class GenerativeTarget(Target):
                 for each, (start, stop) in zip(logits.unbind(), batch.answers, strict=True)
             ],
             [each[start:stop] for each, (start, stop) in zip(ids, batch.answers, strict=True)],
+            [
+                self._prompt(said, each[:start]) if self.hears_prompt else {}
+                for said, each, (start, _) in zip(logits.detach(), ids, batch.answers, strict=True)
+            ],
         )
+
+    def _prompt(self, logits: Tensor, ids: Tensor) -> dict[str, Heard]:
+        """What is said at a prompt's image, and of the tokens behind it.
+
+        An image that the ids do not mark has no token here, and the instruction is all the prompt.
+        """
+        image = torch.isin(ids, self._image_ids).nonzero().flatten()
+        start = int(image[-1]) + 1 if len(image) else 1
+        return {
+            "image": Heard(logits[image], None),
+            "instruction": Heard(logits[start - 1 : len(ids) - 1], ids[start:]),
+        }
+
+    @torch.no_grad()
+    def generate(self, records: Sequence[EncodedRecord], most: int) -> list[list[int]]:
+        """The likeliest answer to each record's prompt, token after token: at most so many ids.
+
+        Prompts of one length go together, so that none is padded: no batch changes an answer.
+        """
+        alike: dict[object, list[EncodedRecord]] = {}
+        for record in map(_prompt_of, records):
+            alike.setdefault((record.shape_key, record.n_tokens, record.pieces), []).append(record)
+        ends = self.plain.generation_config.eos_token_id
+        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
+        settings = GenerationConfig(
+            max_new_tokens=most, do_sample=False, eos_token_id=ends, pad_token_id=self._pad
+        )
+        stops = set(ends if isinstance(ends, list) else [ends])
+        found: dict[str, list[int]] = {}
+        for group in alike.values():
+            inputs = self.collate(group).inputs
+            ids = self.model.generate(**inputs, generation_config=settings)
+            for record, answer in zip(group, ids[:, group[0].n_tokens :].tolist(), strict=True):
+                stop = next((i for i, token in enumerate(answer) if token in stops), len(answer))
+                found[record.id] = answer[: stop + 1]
+        return [found[record.id] for record in records]
+
+    @property
+    def _image_ids(self) -> Tensor:
+        """The id that stands in `input_ids` where the image is; empty where none does."""
+        config = self.plain.config
+        names = ("image_token_id", "image_token_index")
+        found = [i for name in names if isinstance(i := getattr(config, name, None), int)]
+        return torch.tensor(found[:1], dtype=torch.long, device=self.device)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _prompt_of(record: EncodedRecord) -> EncodedRecord:
+    """A record without its answer."""
+    start = record.answer_start
+    inputs = {
+        name: value[:, :start] if name in record.along_tokens else value
+        for name, value in record.inputs.items()
+    }
+    return replace(record, inputs=inputs, n_tokens=start)
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -92,12 +92,16 @@ class Claims:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything that this page alone shows, but words and drawings."""
+    """Everything that this page alone shows, but words and drawings.
+
+    `servers` is what an endpoint says that it runs; None where the target is none.
+    """
 
     verdict: Verdict
     blind_unknown: str | None
     scores: PrimaryScores | None
     claims: Claims | None
+    servers: tuple[str, ...] | None
 
 
 def read(run: Run, *, show_images: bool) -> Contents:
@@ -113,7 +117,14 @@ def read(run: Run, *, show_images: bool) -> Contents:
         blind_unknown=read_json(run.evidence / "blind.json").get("unknown"),
         scores=scores,
         claims=None if scores is None else _claims(run, scores, show_images),
+        servers=_servers(run) if run.manifest()["target"]["kind"] == "endpoint" else None,
     )
+
+
+def _servers(run: Run) -> tuple[str, ...]:
+    parts = [read_table(file, ["servers"]) for file in run.evidence.glob("part-*.parquet")]
+    named = {name for part in parts for row in part["servers"].to_pylist() for name in row}
+    return tuple(sorted(named))
 
 
 def _primary_scores(run: Run, verdict: Verdict) -> PrimaryScores | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -466,6 +466,20 @@ def inference(found: InferenceFinding) -> str:
         f"{p_value(found.p_value)}; controls against controls {p_value(found.control_p_value)}, "
         f"labels dealt anew {p_value(found.shuffled_p_value)}. It finds any difference between "
         "the sets, in either direction, and so never carries the verdict."
+    )
+
+
+def endpoint(servers: Sequence[str]) -> str:
+    """What it means that the target only answers."""
+    named = (
+        f"The server named what it ran: {', '.join(servers)}."
+        if servers
+        else "The server did not name what it ran."
+    )
+    changed = " So it did change while it was asked." if len(servers) > 1 else ""
+    return (
+        "The target is an endpoint. No weights could be hashed: the model behind an address may "
+        f"change at any time, and nobody can ask this one again. {named}{changed}"
     )
 
 
