@@ -34,7 +34,8 @@ def gather_shuffled(
 ) -> None:
     """Take every image through the model with the text of another record of its side.
 
-    Only for signals that are not fitted: a fit on wrong pairs is another signal.
+    Only for signals that are neither fitted (a fit on wrong pairs is another signal) nor compare
+    models (the others were not asked about wrong pairs) nor ask for answers (which cost most).
 
     Args:
         run: the run.
@@ -44,8 +45,8 @@ def gather_shuffled(
         executor: does the jobs.
         name: what the control model is called; "" for the target.
     """
-    settings = of.settings.for_controls()
-    if signals.get(settings.primary).fitted:
+    settings = of.settings.only([of.settings.primary])
+    if signals.get(settings.primary).fitted or settings.across or settings.asks:
         return
     mixed = shuffled(sides, settings.seed)
     if not len(mixed.records):
@@ -79,7 +80,8 @@ def gather_control_models(
     Raises:
         UserError: a control model cannot be loaded, is of another kind, or is the target.
     """
-    settings, own = target.settings.for_controls(), target.description
+    own, chosen = target.description, target.settings
+    settings = chosen.only([chosen.primary, *chosen.across])
     for name, where in models.items():
         model = Model(settings, where)
         with progress.stage(f"Loading the {name}", 1) as advance:

@@ -68,7 +68,7 @@ def _judge(run: Run, progress: Progress) -> Verdict:
             findings[name] = _finding(settings, measured, name, scores[name])
             advance(1)
         findings = _with_holm(findings)
-        write_table(run.scores_file, _scores_table(measured, scores))
+        write_table(run.scores_file, _scores_table(settings, measured, scores))
         write_table(run.failures_file, _failures(run, settings, measured, scores))
         write_table(run.claims_file, _claims(settings, measured, scores[settings.primary]))
         write_table(run.curve_file, _curve(settings, measured, scores[settings.primary]))
@@ -267,7 +267,7 @@ def _prevalence(
         return None
     y = data.suspect
     known = np.isfinite(scores) & (measured.side == "member")
-    if signals.get(name).fitted or not known.any():
+    if settings.fitted(name) or not known.any():
         bound = st.prevalence_lower_bound(
             data.scores[y],
             data.scores[~y],
@@ -285,7 +285,7 @@ def _inference(
     settings: AuditSettings, measured: Measured, scores: dict[str, Floats]
 ) -> InferenceFinding | None:
     """Every signal that needs no fit, combined."""
-    names = [name for name in scores if not signals.get(name).fitted]
+    names = [name for name in scores if not settings.fitted(name)]
     if not names:
         return None
     rows = measured.audited
@@ -422,11 +422,13 @@ def _claims(settings: AuditSettings, measured: Measured, scores: Floats) -> pa.T
 # -- what is written --------------------------------------------------------------------------
 
 
-def _scores_table(measured: Measured, scores: dict[str, Floats]) -> pa.Table:
+def _scores_table(
+    settings: AuditSettings, measured: Measured, scores: dict[str, Floats]
+) -> pa.Table:
     """id, set, fold, signal, score; calibration records only where a signal is not fitted."""
     columns: dict[str, list[Any]] = {n: [] for n in ("id", "set", "fold", "signal", "score")}
     for name, values in scores.items():
-        shown = measured.audited if signals.get(name).fitted else np.ones(len(values), bool)
+        shown = measured.audited if settings.fitted(name) else np.ones(len(values), bool)
         for i in np.flatnonzero(shown):
             columns["id"].append(_own_id(measured.ids[i]))
             columns["set"].append(str(measured.side[i]))
@@ -453,7 +455,7 @@ def _failures(
     rows = [row for file in files for row in read_table(file).to_pylist()]
     for name in settings.signals:
         signal = signals.get(name)
-        shown = measured.audited if signal.fitted else np.ones(len(scores[name]), bool)
+        shown = measured.audited if settings.fitted(name) else np.ones(len(scores[name]), bool)
         rows += [
             {"id": measured.ids[i], "stage": f"signal {name}", "error": signal.unscorable}
             for i in np.flatnonzero(shown & ~np.isfinite(scores[name]))

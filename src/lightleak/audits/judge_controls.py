@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from lightleak import signals
 from lightleak.audits.gather_controls import PLANNED, shuffled_folder
 from lightleak.audits.set_tests import SetTests
 from lightleak.audits.settings import AuditSettings
@@ -84,8 +83,17 @@ def find(
     found.append(_halves(tests, audited, test))
     if "" in controls.shuffled:
         found.append(_pairs(tests, measured, scores, controls))
-    elif settings.negative_controls and signals.get(tests.signal).fitted:
+    elif settings.negative_controls and settings.fitted(tests.signal):
         why = "Not run: the primary signal is fitted, and a fit on wrong pairs is another signal."
+        found.append(ControlFinding(name=SHUFFLED, sentence=why))
+    elif settings.negative_controls and settings.only([tests.signal]).asks:
+        why = "Not run: for other prompts every answer would have to be asked for again."
+        found.append(ControlFinding(name=SHUFFLED, sentence=why))
+    elif settings.negative_controls and settings.only([tests.signal]).across:
+        why = (
+            "Not run: the primary signal compares models, and only the target was to be asked "
+            "about wrong pairs."
+        )
         found.append(ControlFinding(name=SHUFFLED, sentence=why))
     return found
 
@@ -108,6 +116,12 @@ def _control_model(
     tails, area = _tails(tests, data, test), tests.auc(data)
     if area is None or tails is None:
         return _not_compared(name)
+    if not np.ptp(data.scores):
+        return ControlFinding(
+            name=name,
+            sentence=f"The {name} scores all records alike, since {tests.signal} compares with it: "
+            "this shows nothing.",
+        )
     p_value = min(1.0, 2 * min(tails))
     fired = p_value <= tests.settings.cutoffs.control_alarm
     measured = f"(AUC {area.value:.3f}; by the test that counts {p_words(p_value)}, two-sided)"

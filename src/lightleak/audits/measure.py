@@ -215,7 +215,7 @@ def _decides(of: Pass, sides: Sides) -> dict[str, Any]:
     needs = settings.needs()
     bank = {"bank or seed": [settings.bank_size, settings.seed]} if of.banked else {}
     return {
-        "evidence version": 2,
+        "evidence version": 3,
         **{f"version of {name}": version(name) for name in _CODE},
         **{f"target {key}": value for key, value in sorted(model.hashes.items())},
         **{f"{key} records": value for key, value in sorted(sides.hashes.items())},

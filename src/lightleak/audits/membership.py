@@ -12,6 +12,7 @@ from lightleak.audits.gather_controls import (
     gather_shuffled,
     plan_controls,
 )
+from lightleak.audits.gather_references import gather_compared, references_of
 from lightleak.audits.judge import judge
 from lightleak.audits.manifest import recorded
 from lightleak.audits.measure import claim
@@ -21,19 +22,20 @@ from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import read_sides
 from lightleak.runs import Progress, Run, Silent
 from lightleak.runs.folder import alone, sha256
+from lightleak.targets import Function
 from lightleak.validity import Verdict
 
 # What may not change once the run has been looked at; paths and devices may.
 _REGISTERED = (
     *("primary", "design", "cutoffs", "signals", "options", "protocol", "folds", "seed"),
     *("base", "control_target", "negative_controls", "blind_fields", "embeddings"),
-    *("documentation", "bank_size", "drop_duplicates"),
+    *("documentation", "bank_size", "drop_duplicates", "reference_epoch"),
 )
 
 
 def audit(
     *,
-    target: str | Path,
+    target: str | Path | Function,
     suspect: str | Path,
     control: str | Path,
     out: str | Path,
@@ -48,7 +50,8 @@ def audit(
     Stops and resumes: the same call on the same folder goes on where it was.
 
     Args:
-        target: a model folder or hub id.
+        target: a model folder, a hub id, an endpoint's address, or a function that answers
+            `(image, prompt, temperature, seed) -> str` in this process.
         suspect: records that may have been trained on; see the file contract in the docs.
         control: records of the same kind that were not.
         out: the run folder.
@@ -74,6 +77,7 @@ def audit(
     with alone(run.folder), chosen.executor_of() as executor, released():
         of = begin(run.evidence, chosen, sides, progress, executor)
         chosen = of.settings
+        references = references_of(chosen, progress)
         claim(of, sides)
         files = {"documentation": chosen.documentation, "embeddings": chosen.embeddings}
         with recorded(
@@ -94,5 +98,6 @@ def audit(
             if chosen.negative_controls:
                 gather_shuffled(run, of, sides, progress, executor, "")
             gather_control_models(run, of, others, sides, progress, executor)
+            gather_compared(run, of, others, references, sides, progress, executor)
             release()  # No model is needed from here on.
             return judge(run, progress)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from lightleak.audits.settings import TargetSettings
 from lightleak.runs.progress import Advance
-from lightleak.targets import Target, base_of, find, without_adapter
+from lightleak.targets import EndpointTarget, Target, base_of, find, without_adapter
 
 Made = TypeVar("Made")
 
@@ -118,6 +118,9 @@ def describe(model: Model, advance: Advance) -> Description:
     """Load a model and tell what it is."""
     target = model.load()
     advance(1)
+    if isinstance(target, EndpointTarget):
+        what = ("precision unknown", "an endpoint", "unknown")
+        return Description(target.name, target.kind, *what, target.hashes)
     return Description(
         target.name,
         target.kind,

@@ -5,8 +5,8 @@ The target makes one; so does each control model, and either with texts shuffled
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +24,35 @@ from lightleak.evidence import collect
 from lightleak.evidence.gradients import GradientEngine, kernels, select
 from lightleak.evidence.memory import batch_size
 from lightleak.evidence.pairs import PairReader
+from lightleak.evidence.perturbed import PerturbedReader
 from lightleak.evidence.readings import (
+    EXTRA,
     NEEDS_BANK,
     AugmentedCosines,
     DropoutCosines,
     Floats,
     GradientNorms,
     GradientSlices,
+    OwnDescription,
+    PromptDistributions,
+    SampledAnswers,
     slice_axes,
 )
+from lightleak.evidence.sampled import TEMPERATURES, SampledReader
 from lightleak.evidence.selfcheck import self_check
 from lightleak.evidence.tokens import AnswerReader
-from lightleak.records import Record
+from lightleak.records import Record, open_rgb
 from lightleak.runs import Progress, read_json, replacing, write_json
 from lightleak.runs.executors import Executor
 from lightleak.runs.progress import Advance
-from lightleak.targets import Bank, DualEncoderTarget, Target
+from lightleak.targets import (
+    Bank,
+    DualEncoderTarget,
+    EndpointTarget,
+    GenerativeTarget,
+    Question,
+    Target,
+)
 
 # A shard is about so much work, by what a step costs and what a processor is good for.
 _SHARD_SECONDS = 120
@@ -48,6 +61,8 @@ _SHARD_BYTES = 256e6
 _MOST_RECORDS = 2048
 _FEWEST_RECORDS = {"cpu": 32, "cuda": 128}
 _ALIKE = 16
+# Records of a shard that an endpoint is asked about: what a broken run pays for twice.
+_ASKED_A_SHARD = 16
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,11 @@ class Pass:
         if not self.settings.needs() & {GradientNorms, GradientSlices}:
             return None
         chosen = str(self.settings.options_of("gradaudit").get("matrices", "auto"))
+        adapter = "adapter" in self.description.hashes
         if chosen == "auto":
-            chosen = "lora" if "adapter" in self.description.hashes else "last3"
+            chosen = "lora" if adapter else "last3"
+        if self.of and chosen.startswith("lora") and not adapter:
+            chosen = "last3"  # The target's adapter is asked for; this model has none.
         return chosen
 
     @property
@@ -93,6 +111,11 @@ class Pass:
         """Whether a signal compares each pair with a bank of negatives."""
         dual = self.description.kind == "dual-encoder"
         return dual and bool(self.settings.needs() & NEEDS_BANK)
+
+    @property
+    def forwards(self) -> int:
+        """How often each record goes through the model."""
+        return 1 + sum(EXTRA.get(need, 0) for need in self.settings.needs())
 
     @property
     def n_references(self) -> int:
@@ -256,26 +279,37 @@ def open_pass(of: Pass, plan: Plan, *, compared: bool) -> Opened:
 
 def load_pass(of: Pass, plan: Plan, *, compared: bool) -> Opened:
     """The pass with its model, not kept."""
-    target = _with_bank(of)
+    target = _target(of)
     engine = None
     kernels.prefer(plan.kernels)
     if of.matrices is not None:
         selection = select(target, of.matrices).without(set(plan.unreached)).whole(plan.unseen)
         engine = GradientEngine(target, selection)
     references = References.read(of.reference_file, target.device) if compared else None
-    return Opened(target, engine, _reader(of, target), references)
+    return Opened(target, engine, _reader(of, target, plan.size), references)
 
 
-def _reader(of: Pass, target: Target) -> collect.Reader:
-    """What is kept of the target's outputs, beyond its gradients."""
+def _reader(of: Pass, target: Target, size: collect.BatchSize) -> collect.Reader:
+    """What is kept of the target's outputs, beyond its gradients, and what is asked besides."""
+    needs = of.settings.needs()
     if isinstance(target, DualEncoderTarget):
-        needs = of.settings.needs()
         return PairReader(target, AugmentedCosines in needs, DropoutCosines in needs)
-    return AnswerReader()
+    if isinstance(target, EndpointTarget):
+        return SampledReader(None, target)
+    assert isinstance(target, GenerativeTarget)
+    slices = ("description", *(("image", "instruction") if target.hears_prompt else ()))
+    own = replace(target, hears_prompt=True) if OwnDescription in needs else None
+    reader: collect.Reader = AnswerReader(slices, own, size)
+    if needs & EXTRA.keys():
+        reader = PerturbedReader(reader, target, needs, size)
+    return SampledReader(reader, target) if SampledAnswers in needs else reader
 
 
-def _with_bank(of: Pass) -> Target:
+def _target(of: Pass) -> Target:
+    """The model as this pass uses it, which changes nothing for others."""
     target = of.model.load()
+    if isinstance(target, GenerativeTarget) and PromptDistributions in of.settings.needs():
+        return replace(target, hears_prompt=True)
     if isinstance(target, DualEncoderTarget) and of.bank_file.is_file():
         bank = safetensors.torch.load_file(of.bank_file, device=str(target.device))
         target.bank = Bank(bank["image"], bank["text"])
@@ -308,13 +342,18 @@ def check(job: Check, advance: Advance) -> Plan:
         UserError: the model is not fit to be measured.
     """
     of, settings = job.of, job.of.settings
-    target = of.model.load()
+    target = _target(of)
     size = settings.size
+    if isinstance(target, EndpointTarget):
+        plan = _asking(target, job.sample)
+        plan.store(of.folder)
+        advance(1)
+        return plan
     if isinstance(target, DualEncoderTarget) and job.bank:
         if not of.bank_file.is_file():
             bank = collect.embed_bank(target, job.bank, size)
             save_tensors(of.bank_file, {"image": bank.image, "text": bank.text}, {})
-        target = _with_bank(of)
+        target = _target(of)
     engine = None if of.matrices is None else GradientEngine(target, select(target, of.matrices))
     checked = self_check(target, engine, job.sample, size)
     selection = checked.selection
@@ -332,7 +371,7 @@ def check(job: Check, advance: Advance) -> Plan:
     keep = width * job.n <= settings.evidence_limit * 1e9
     plan = Plan(
         size,
-        _shard(target, engine, job.n, checked.tokens, width if keep else 0),
+        _shard(target, engine, job.n, checked.tokens * of.forwards, width if keep else 0),
         piece_of(width),
         keep,
         tuple(sorted(checked.unreached)),
@@ -344,6 +383,24 @@ def check(job: Check, advance: Advance) -> Plan:
     plan.store(of.folder)
     advance(1)
     return plan
+
+
+def _asking(target: EndpointTarget, sample: Sequence[Record]) -> Plan:
+    """The plan of a pass that only asks, made once one question has been answered.
+
+    Raises:
+        UserError: it answers none.
+    """
+    record = sample[0]
+    question = Question(open_rgb(record.image), record.prompt, TEMPERATURES[0], 0)
+    try:
+        target.answer([question])
+    except UserError:
+        raise
+    except Exception as error:  # A function may fail in any way it likes.
+        raise UserError(f"it answers no question ({error})", target.name) from error
+    # One record at a time: a question that has been answered is not asked again for others' sake.
+    return Plan(collect.BatchSize(1), _ASKED_A_SHARD, 1, False, (), (), (), {}, {})
 
 
 def piece_of(width: int) -> int:

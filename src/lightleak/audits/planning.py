@@ -21,6 +21,8 @@ from lightleak.audits import judge
 from lightleak.audits.calibration import Scoring, score_shard
 from lightleak.audits.gather import gather
 from lightleak.audits.gather_controls import gather_control_models, gather_shuffled
+from lightleak.audits.gather_references import gather_compared, references_of
+from lightleak.audits.gather_shares import Slab, take_gradients
 from lightleak.audits.measure import Shard, measure_shard
 from lightleak.audits.models import released
 from lightleak.audits.passes import begin, open_pass
@@ -223,6 +225,8 @@ def plan(
             for name, where in others.items():
                 gather_control_models(run, of, {name: where}, sides, Silent(), rehearsal)
                 advance(1)
+            references = references_of(chosen, Silent())
+            gather_compared(run, of, others, references, sides, Silent(), rehearsal)
         kept = sum(file.stat().st_size for file in run.evidence.rglob("*") if file.is_file())
         return Forecast(
             chosen.target,
@@ -336,7 +340,7 @@ class _Rehearsal:
         self.spent += perf_counter() - begun
         return results
 
-    def _try(self, perform: Callable[..., None], jobs: Sequence[Block | Shard | Scoring]) -> None:
+    def _try(self, perform: Callable[..., None], jobs: Sequence[Work]) -> None:
         job, *others = _few(jobs)
         self._executor.map(perform, others)
         (timing,) = self._executor.map(clock, [Trial(perform, job)])
@@ -345,7 +349,7 @@ class _Rehearsal:
         records = sum(len(each.records) for each in jobs)
         writes = sum(-(-len(each.records) // each.plan.shard) for each in jobs)
         size = round(len(jobs) * timing.bytes_a_shard + records * timing.bytes_a_record)
-        passing = isinstance(job, Block)  # Blocks are deleted once they are added up.
+        passing = isinstance(job, Block | Slab)  # Deleted once they are added up, or multiplied.
         self.tried += 0 if passing else timing.written
         self.steps.append(
             Step(
@@ -368,7 +372,9 @@ _STEPS: dict[Callable[..., Any], str] = {
     sum_block: "reference gradients",
     measure_shard: "measuring",
     score_shard: "scoring kept slices",
+    take_gradients: "gradients held against each other",
 }
+Work = Block | Shard | Scoring | Slab
 
 
 @dataclass(frozen=True)
@@ -376,7 +382,7 @@ class Trial:
     """A job of a few records, to be done by the clock."""
 
     perform: Callable[..., None]
-    job: Block | Shard | Scoring
+    job: Work
 
 
 @dataclass(frozen=True)
@@ -444,7 +450,7 @@ def gauge(shard: Shard, advance: Advance) -> Memory:
     return Memory(weights, batch)
 
 
-def _few(jobs: Sequence[Block | Shard | Scoring]) -> list[Block | Shard | Scoring]:
+def _few(jobs: Sequence[Work]) -> list[Work]:
     """The job to be timed, its records drawn evenly from all; then what else must be there."""
     if isinstance(jobs[0], Block):
         blocks = cast(Sequence[Block], jobs)
@@ -455,7 +461,7 @@ def _few(jobs: Sequence[Block | Shard | Scoring]) -> list[Block | Shard | Scorin
             replace(fold[-1], records=_evenly(records, count))
             for fold, records, count in zip(folds, drawn, most, strict=False)
         ]
-    if isinstance(jobs[0], Scoring):
+    if isinstance(jobs[0], Scoring | Slab):
         everyone = [record for job in jobs for record in job.records]
         return [replace(jobs[0], records=_evenly(everyone, _MOST))]
     return [_joined(cast(Sequence[Shard], jobs))]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightleak import signals
 from lightleak import statistics as st
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.stored import Compared, Measured
@@ -23,7 +22,7 @@ def crosses_folds(settings: AuditSettings, name: str) -> bool:
     Each fold alone, given the others, is exact; the folds' p-values are combined by a rule that
     holds under any dependence.
     """
-    return signals.get(name).fitted and settings.protocol == "crossfit"
+    return settings.fitted(name) and settings.protocol == "crossfit"
 
 
 @dataclass(frozen=True)

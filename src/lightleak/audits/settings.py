@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,14 +13,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lightleak import signals, targets
 from lightleak.errors import UserError
 from lightleak.evidence.collect import BatchSize
+from lightleak.evidence.readings import (
+    ACROSS,
+    EXTRA,
+    OtherLosses,
+    ReferenceLosses,
+    SampledAnswers,
+)
 from lightleak.planting import FIELDS, Position, Style
 from lightleak.runs.executors import Executor, executor
 from lightleak.targets import Target
-from lightleak.training import FineTuning
+from lightleak.training import FineTuning, shape_of
 from lightleak.validity import Cutoffs, Design, IdentityCutoffs, ProbingCutoffs
 
 # The signal behind the verdict where none is named.
-PRIMARY = {"generative": "loss", "dual-encoder": "cosine"}
+PRIMARY = {"generative": "loss", "dual-encoder": "cosine", "endpoint": "temperature_set"}
+# Stands among signals for those that come from the pass itself.
+ALL = "all"
 # Decoys for each kind of name: a generative target must read every name with every photo.
 DECOYS = {"dual-encoder": 1000, "generative": 99}
 # Cut-offs that have an option of their own.
@@ -39,11 +48,16 @@ def no_control(name: str, model: str) -> UserError:
     )
 
 
+def _place(model: str) -> str | Path:
+    """Where a model is."""
+    return model if targets.is_address(model) else targets.find(model)
+
+
 class TargetSettings(BaseModel):
     """What every audit takes.
 
     Attributes:
-        target, adapter, base: folders or hub ids.
+        target, adapter, base: folders or hub ids; a membership audit's target may be an endpoint.
         batch_size: records at once; None bounds the tokens instead.
     """
 
@@ -71,6 +85,7 @@ class TargetSettings(BaseModel):
         try:
             # An empty name is what an unset variable of a pipeline leaves.
             named = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+            named |= {k: targets.registered(v) for k, v in named.items() if callable(v)}
             unset = {k for k in ("adapter", "base", "control_target") if named.get(k) == ""}
             return cls(**{k: v for k, v in named.items() if k not in unset})
         except ValidationError as error:
@@ -90,6 +105,8 @@ class TargetSettings(BaseModel):
     def load(self, target: str | None = None) -> Target:
         """Load the target, or another model in the same way but without the adapter."""
         own = target is None
+        if targets.is_address(target or self.target):
+            return targets.connect(target or self.target)
         return targets.load(
             self.target if target is None else target,
             adapter=self.adapter if own else None,
@@ -99,6 +116,19 @@ class TargetSettings(BaseModel):
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
         )
+
+    @model_validator(mode="after")
+    def _answering(self) -> Self:
+        if targets.is_address(self.target):
+            if not isinstance(self, AuditSettings):
+                raise ValueError("an endpoint only answers: audit takes one, nothing else does")
+            if self.adapter is not None:
+                raise ValueError("no adapter can be put on an endpoint")
+            if self.base is not None:
+                raise ValueError(
+                    "the base of an endpoint is unknown; give another endpoint as --control-target"
+                )
+        return self
 
     @property
     def size(self) -> BatchSize:
@@ -142,7 +172,8 @@ class AuditSettings(SharedSettings):
         calibration_members, calibration_nonmembers: records of the published protocol `split`.
         bank: pairs that serve a dual encoder as negatives, the same for all records; None sets
             some of the controls aside for it, `bank_size` or a fifth of them.
-        signals: names; none stands for all that fit the kind of target.
+        signals: names; `all`, or none, stands for all that fit the kind of target and come from
+            the pass itself, without forwards of their own.
         primary: registered beforehand, it alone carries the verdict; empty takes `PRIMARY`.
         options: of signals, by signal; assignments like `mink.k=0.1` are read.
         protocol: `crossfit` fits on other folds of suspects and controls; `split` fits on the
@@ -156,6 +187,9 @@ class AuditSettings(SharedSettings):
         control_target: another model, one that cannot have seen the suspects; the base that the
             target was fine-tuned from, where it is known, serves likewise.
         negative_controls: whether control models are run, and pairs with their texts shuffled.
+        references: a folder of models trained by `lightleak references train`, which some signals
+            compare the target with.
+        reference_epoch: which of their kept epochs; None takes the last.
         blind_fields: entries of the records' `meta` that could tell the sides apart.
         embeddings: a Parquet file with id and embedding, to find near-duplicates by.
         documentation: a file that says how suspects and controls came apart; its hash is kept.
@@ -177,6 +211,8 @@ class AuditSettings(SharedSettings):
     evidence_limit: float = Field(8.0, ge=0)
     control_target: str | None = None
     negative_controls: bool = True
+    references: str | None = None
+    reference_epoch: int | None = Field(None, ge=1)
     blind_fields: tuple[str, ...] = ()
     embeddings: str | None = None
     documentation: str | None = None
@@ -190,7 +226,7 @@ class AuditSettings(SharedSettings):
     @model_validator(mode="after")
     def _consistent(self) -> AuditSettings:
         named = (*self.signals, *([self.primary] if self.primary else []))
-        for name in {*named, *self.options}:
+        for name in {*named, *self.options} - {ALL}:
             signals.get(name)
         if self.signals:
             object.__setattr__(self, "signals", tuple(dict.fromkeys(named)))
@@ -205,43 +241,85 @@ class AuditSettings(SharedSettings):
         """The same with nothing left open, for a kind of target.
 
         Raises:
-            UserError: a signal that this kind of target gives no evidence for.
+            UserError: a signal that this kind of target gives no evidence for, or that compares
+                with models which are not given.
         """
         fitting = signals.names(kind)
         primary = self.primary or PRIMARY[kind]
-        chosen = self.signals or fitting
+        apart = {*EXTRA, *self._lacking()}
+        usual = tuple(n for n in fitting if signals.get(n).needs not in apart) or fitting
+        given = self.signals or (ALL,)
+        chosen = tuple(name for each in given for name in (usual if each == ALL else (each,)))
         for name in (*chosen, primary, *self.options):
             if name not in fitting:
-                raise UserError(
-                    f"this signal is not for a {kind} target; there are {', '.join(fitting)}", name
+                only = (
+                    "an endpoint, which only answers" if kind == "endpoint" else f"a {kind} target"
                 )
+                raise UserError(
+                    f"this signal is not for {only}; there are {', '.join(fitting)}", name
+                )
+            lacking = self._lacking().get(signals.get(name).needs)
+            if lacking is not None:
+                raise UserError("it compares the target with other models", name, lacking)
         names = tuple(dict.fromkeys((*chosen, primary)))
         return self.model_copy(update={"signals": names, "primary": primary})
+
+    def _lacking(self) -> dict[type, str]:
+        """What cannot be compared for want of another model, and what to give."""
+        if self.references is not None:
+            return {}
+        make = "--references, a folder that lightleak references train makes"
+        lacking: dict[type, str] = {ReferenceLosses: f"Give {make}."}
+        if self.known_base() is None and self.control_target is None:
+            lacking[OtherLosses] = f"Give --base, --control-target or {make}."
+        return lacking
+
+    def known_base(self) -> str | None:
+        """What the target was trained from, as far as it is known."""
+        if targets.is_address(self.target):
+            return None
+        return targets.base_of(self.target, self.adapter, self.base)
 
     def control_models(self) -> dict[str, str]:
         """Models that cannot have seen the suspects, by what they are called."""
         if not self.negative_controls:
             return {}
-        base = targets.base_of(self.target, self.adapter, self.base)
-        named = {"base": base, "control target": self.control_target}
+        named = {"base": self.known_base(), "control target": self.control_target}
         models: dict[str, str] = {}
         for name, model in named.items():
             if model is None:
                 continue
-            folder = targets.find(model)
-            if self.adapter is None and folder == targets.find(self.target):
+            folder = _place(model)
+            if self.adapter is None and folder == _place(self.target):
                 raise no_control(name, model)
-            if folder not in map(targets.find, models.values()):
+            if folder not in map(_place, models.values()):
                 models[name] = model
         return models
 
-    def for_controls(self) -> AuditSettings:
-        """The same for a negative control: the primary signal alone."""
-        return self.model_copy(update={"signals": (self.primary,)})
+    def only(self, names: Iterable[str]) -> AuditSettings:
+        """The same for some of the signals."""
+        return self.model_copy(update={"signals": tuple(dict.fromkeys(names))})
+
+    @property
+    def asks(self) -> bool:
+        """Whether a signal is made of answers that have to be drawn."""
+        return SampledAnswers in self.needs()
+
+    @property
+    def across(self) -> tuple[str, ...]:
+        """The signals that compare models with each other."""
+        return tuple(name for name in self.signals if signals.get(name).needs in ACROSS)
+
+    def fitted(self, name: str) -> bool:
+        """Whether a signal learns from who is a suspect here, and not from references."""
+        chosen = signals.get(name)
+        taught = chosen.needs in ACROSS and self.references is not None
+        return chosen.fitted and not taught
 
     def needs(self) -> set[type]:
         """The kinds of evidence that the signals are made from."""
-        return {signals.get(name).needs for name in self.signals}
+        asked = {signals.get(name).evidence(self.options_of(name)) for name in self.signals}
+        return {part for each in asked for part in ACROSS.get(each, (each,))}
 
     def options_of(self, name: str) -> dict[str, Any]:
         """The options given for a signal."""
@@ -377,4 +455,69 @@ class ProbingSettings(SharedSettings):
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             rank=self.rank,
+        )
+
+
+class ReferenceSettings(SharedSettings):
+    """All that references are trained with; `target` is the base that each begins with.
+
+    Attributes:
+        suspect, control: the records of the audit; every reference learns a random half of them.
+        train_on: instead, records of other people: no reference learns a suspect or control.
+        count: how many references; two by two they share the records between them.
+        like: an adapter whose shape the references' adapters take.
+        keep: epochs that are kept; none stands for the last.
+        method, vision, epochs, train_batch, learning_rate, weight_decay, warmup, rank: see
+            `training.FineTuning`.
+    """
+
+    suspect: str | None = None
+    control: str | None = None
+    train_on: str | None = None
+    count: int = Field(8, ge=1, le=256)
+    like: str | None = None
+    method: Literal["lora", "full"] = "lora"
+    vision: bool = False
+    epochs: int = Field(1, ge=1)
+    keep: tuple[int, ...] = ()
+    train_batch: int = Field(12, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup: float = Field(0.01, ge=0, le=1)
+    rank: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ReferenceSettings:
+        sides = (self.suspect, self.control)
+        if self.train_on is None and None in sides:
+            raise ValueError(
+                "give --suspect and --control to draw halves of, or --train-on for records of "
+                "other people"
+            )
+        if self.train_on is not None and sides != (None, None):
+            raise ValueError("--train-on stands instead of --suspect and --control")
+        if self.like is not None and (self.method, self.vision, self.rank) != ("lora", False, None):
+            raise ValueError("--like says what is trained: leave out --method, --vision and --rank")
+        if any(not 1 <= epoch <= self.epochs for epoch in self.keep):
+            raise ValueError(f"epochs to --keep are from 1 to {self.epochs}, which --epochs says")
+        object.__setattr__(self, "keep", tuple(sorted({*self.keep})) or (self.epochs,))
+        return self
+
+    @property
+    def fine_tuning(self) -> FineTuning:
+        """How each reference is fine-tuned.
+
+        Raises:
+            UserError: the adapter of `like` cannot be read.
+        """
+        return FineTuning(
+            method=self.method,
+            vision=self.vision,
+            epochs=self.epochs,
+            batch_size=self.train_batch,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            rank=self.rank or FineTuning.rank,
+            adapter=None if self.like is None else shape_of(targets.find(self.like)),
         )

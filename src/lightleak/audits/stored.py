@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,46 @@ from numpy.typing import NDArray
 
 from lightleak import signals
 from lightleak.audits.calibration import SCORED
+from lightleak.audits.gather_references import ASKED
+from lightleak.audits.gather_shares import read_shares
 from lightleak.audits.settings import AuditSettings
 from lightleak.errors import UserError
 from lightleak.evidence.readings import (
+    ACROSS,
+    AnswerDistributions,
     AugmentedCosines,
+    AugmentedDivergences,
     ContrastLoss,
+    CorruptedEmbeddings,
     DropoutCosines,
     Floats,
     GradientNorms,
     GradientSlices,
+    ModelReadings,
+    NeighbourLosses,
+    OwnDescription,
     PairEmbeddings,
+    PromptDistributions,
+    SampledAnswers,
     TokenStatistics,
     slice_axes,
 )
+from lightleak.evidence.summary import losses, summary
 from lightleak.evidence.table import (
     SLICE_COLUMNS,
+    answer_distributions,
     augmented_cosines,
+    augmented_divergences,
     contrast_loss,
+    corrupted_embeddings,
     dropout_cosines,
     gradient_norms,
     gradient_slices,
+    neighbour_losses,
+    own_description,
     pair_embeddings,
+    prompt_distributions,
+    sampled_answers,
     token_statistics,
 )
 from lightleak.runs import Run, read_json, read_table
@@ -48,12 +67,13 @@ class Measured:
     """The evidence of one pass and the records it is about, row by row.
 
     Attributes:
-        folder: where it lies.
+        run, folder: where it lies.
         table: evidence without the slices, n rows.
         ids: (n,) "suspect/a1"; side, folds: (n,); groups: (n,), copies share one.
         slice_parts: yields the parts with their slices.
     """
 
+    run: Run
     folder: Path
     table: pa.Table
     ids: list[str]
@@ -105,6 +125,7 @@ def load(run: Run, folder: Path | None = None) -> Measured:
             yield read_table(file, columns=list(_SLICES))
 
     return Measured(
+        run,
         folder,
         table,
         table["id"].to_pylist(),
@@ -133,21 +154,31 @@ def score(settings: AuditSettings, measured: Measured, name: str) -> Floats:
         return np.array([by_id.get(key, np.nan) for key in measured.ids], dtype=np.float64)
     signal = signals.get(name)
     fits = cross(settings.protocol, settings.folds, measured.side, measured.folds)
-    return signal.score(_evidence(measured, signal.needs), fits, settings.options_of(name))
+    options = settings.options_of(name)
+    return signal.score(_evidence(measured, signal.evidence(options)), fits, options)
 
 
 _FROM_TABLE: dict[type, Callable[[pa.Table], Any]] = {
     TokenStatistics: token_statistics,
+    AnswerDistributions: answer_distributions,
+    PromptDistributions: prompt_distributions,
+    OwnDescription: own_description,
     PairEmbeddings: pair_embeddings,
     AugmentedCosines: augmented_cosines,
     DropoutCosines: dropout_cosines,
     ContrastLoss: contrast_loss,
+    AugmentedDivergences: augmented_divergences,
+    NeighbourLosses: neighbour_losses,
+    CorruptedEmbeddings: corrupted_embeddings,
+    SampledAnswers: sampled_answers,
 }
 
 
 def _evidence(measured: Measured, needs: type) -> Any:
     if needs in _FROM_TABLE:
         return _FROM_TABLE[needs](measured.table)
+    if needs in ACROSS:
+        return _across(measured, needs)
     described = read_json(measured.folder / "gradients.json")
     matrices = {name: tuple(shape) for name, shape in described["matrices"].items()}
     if needs is GradientNorms:
@@ -163,6 +194,58 @@ def _evidence(measured: Measured, needs: type) -> Any:
             lora=described["strategy"].startswith("lora"),
         )
     raise TypeError(f"no evidence of kind {needs.__name__}")
+
+
+def _across(measured: Measured, needs: type) -> ModelReadings:
+    """What the base and the references say of the same records, beside this model."""
+    shares = read_shares(measured.run) if needs is ModelReadings else {}
+    own = _summary(measured, needs) | _own_shares(shares, measured)
+    names = tuple(own)
+
+    def other(folder: str) -> Floats:
+        """Its readings (n, d), in the order of this model's; NaN where it has none."""
+        there = load(measured.run, measured.run.evidence / folder)
+        found = _summary(there, needs) | _own_shares(shares, there)
+        values = np.full((len(measured.ids), len(names)), np.nan)
+        place = {key: row for row, key in enumerate(there.ids)}
+        rows = np.array([place.get(key, -1) for key in measured.ids])
+        for column, name in enumerate(names):
+            if name in found:
+                values[rows >= 0, column] = found[name][rows[rows >= 0]]
+        return values
+
+    evidence = measured.run.evidence
+    trained_on = read_json(evidence / ASKED)["trained on"]
+    unexposed = next((n for n in ("base", "control-target") if (evidence / n).is_dir()), None)
+    empty = np.zeros((0, len(measured.ids)))
+    seen = [np.isin(measured.ids, ids) for ids in trained_on.values()]
+    references = [other(name) for name in trained_on]
+    return needs(  # type: ignore[no-any-return]
+        names,
+        np.column_stack(list(own.values())),
+        None if unexposed is None else other(unexposed),
+        np.stack(references) if references else np.zeros((0, len(measured.ids), len(names))),
+        np.stack(seen) if seen else empty.astype(bool),
+        measured.side == "control",
+    )
+
+
+def _summary(measured: Measured, needs: type) -> dict[str, Floats]:
+    if GradientNorms not in ACROSS[needs]:
+        return {"loss": losses(measured.table)}
+    matrices = read_json(measured.folder / "gradients.json")["matrices"]
+    return summary(measured.table, list(matrices))
+
+
+def _own_shares(
+    shares: Mapping[str, Mapping[str, Mapping[str, float]]], measured: Measured
+) -> dict[str, Floats]:
+    """This model's, (n,) by name; NaN of a record without a gradient."""
+    own = shares.get("target" if measured.folder == measured.run.evidence else measured.folder.name)
+    return {
+        name: np.array([each.get(key, np.nan) for key in measured.ids])
+        for name, each in (own or {}).items()
+    }
 
 
 @dataclass(frozen=True)

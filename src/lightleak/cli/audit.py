@@ -33,7 +33,13 @@ class Design(StrEnum):
 
 
 def audit(
-    target: Annotated[str, typer.Option(help="Model folder, adapter folder or hub id.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Model folder, adapter folder, hub id, or an endpoint http://host/v1#model, whose "
+            "key is in LIGHTLEAK_API_KEY."
+        ),
+    ],
     suspect: Annotated[Path, typer.Option(help="Records that may have been trained on.")],
     control: Annotated[Path, typer.Option(help="Records of the same kind that were not.")],
     out: Annotated[Path, typer.Option(help="Run folder; the same command goes on in it.")],
@@ -53,7 +59,22 @@ def audit(
         bool,
         typer.Option(help="Whether control models are run, and pairs with their texts shuffled."),
     ] = True,
-    signals: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = "all",
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            help="Models that lightleak references train made: lira, rmia and signature compare "
+            "the target with them."
+        ),
+    ] = None,
+    reference_epoch: Annotated[
+        int | None, typer.Option(help="Which of their kept epochs; else the last.")
+    ] = None,
+    signals: Annotated[
+        str,
+        typer.Option(
+            help="Names, comma-separated; all stands for those that need no forwards of their own."
+        ),
+    ] = "all",
     primary: Annotated[
         str,
         typer.Option(

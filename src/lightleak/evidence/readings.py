@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,19 @@ class Ragged:
             means[alike] = lowest.mean(axis=1, dtype=np.float64)
         return means
 
+    def mean_of_highest(self, share: float) -> Floats:
+        """(n,) mean of each record's highest max(1, ⌊share · length⌋) numbers; NaN where none."""
+        return -self.map(np.negative).mean_of_lowest(share)
+
+    def followed_by(self, other: Ragged) -> Ragged:
+        """Each record's numbers, and then its numbers in `other`."""
+        both = (self, other)
+        values = [each.values[each.offsets[0] : each.offsets[-1]] for each in both]
+        owners = [np.repeat(np.arange(len(each.lengths)), each.lengths) for each in both]
+        order = np.argsort(np.concatenate(owners), kind="stable")
+        offsets = np.concatenate([[0], np.cumsum(self.lengths + other.lengths)])
+        return Ragged(np.concatenate(values)[order], offsets)
+
     def map(self, function: Callable[..., Floats], *others: Ragged) -> Ragged:
         """Apply `function` number by number to this and `others`, which have equal lengths."""
         return Ragged(function(self.values, *(other.values for other in others)), self.offsets)
@@ -70,6 +83,73 @@ class TokenStatistics:
     mean: Ragged
     variance: Ragged
     zlib_bytes: NDArray[np.int64]
+
+    def standardised(self) -> Ragged:
+        """(ℓ_t − μ_t)/σ_t; 0 where the distribution has no spread (ℓ_t = μ_t there)."""
+
+        def by_number(logprob: Floats, mean: Floats, variance: Floats) -> Floats:
+            spread = np.sqrt(np.maximum(variance, 0.0))
+            return np.divide(logprob - mean, spread, out=np.zeros_like(spread), where=spread > 0)
+
+        return self.logprob.map(by_number, self.mean, self.variance)
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """The shape of the next-token distributions of one slice of the tokens, in nats.
+
+    They are those which predict the tokens of the slice; of an image, whose tokens nothing
+    predicts, those at its tokens.
+
+    Attributes:
+        gap: log-probability of the likeliest token, less that of the second.
+        renyi: Rényi entropies H_α, by `ORDERS`.
+        modified: modified Rényi entropies M_α of the token that came, by `FINITE_ORDERS`; of no
+            length in an image.
+    """
+
+    gap: Ragged
+    renyi: Mapping[str, Ragged]
+    modified: Mapping[str, Ragged]
+
+    def followed_by(self, other: Distributions) -> Distributions:
+        """Each record's distributions here, and then those in `other`."""
+        return Distributions(
+            self.gap.followed_by(other.gap),
+            {order: each.followed_by(other.renyi[order]) for order, each in self.renyi.items()},
+            {o: each.followed_by(other.modified[o]) for o, each in self.modified.items()},
+        )
+
+
+# The orders α of the entropies that are read; at α = ∞ every modified entropy is 0.
+FINITE_ORDERS = ("0.5", "1", "2")
+ORDERS = (*FINITE_ORDERS, "inf")
+
+
+@dataclass(frozen=True)
+class AnswerDistributions:
+    """Distributions by slice: of the record's own text, the `description`."""
+
+    slices: Mapping[str, Distributions]
+
+
+class PromptDistributions(AnswerDistributions):
+    """Beside the `description` the `image`, the `instruction` and `instruction+description`.
+
+    The instruction is what the prompt holds behind the image, the template's own tokens included.
+    """
+
+
+class OwnDescription(PromptDistributions):
+    """The same slices, where the description is what the model itself says of the image."""
+
+
+def distributions_of(options: Mapping[str, object]) -> type[AnswerDistributions]:
+    """Which of them a signal with the options `slice` and `answer` is made from."""
+    if options.get("answer") == "own":
+        return OwnDescription
+    described = options.get("slice", "description") == "description"
+    return AnswerDistributions if described else PromptDistributions
 
 
 @dataclass(frozen=True)
@@ -192,9 +272,131 @@ def slice_axes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[SliceAxis, ...]:
     return tuple(axes)
 
 
+@dataclass(frozen=True)
+class ModelReadings:
+    """What several models say of the same n records, d readings each; NaN where one says nothing.
+
+    Attributes:
+        names: of the readings; the first is `loss`, a mean log-likelihood in nats.
+        own: (n, d) of the target.
+        base: (n, d) of the model that it was trained from, or one that cannot have seen the
+            records; None where there is none.
+        references: (k, n, d) of models whose training records are known.
+        seen: (k, n) whether each reference was trained on the record.
+        control: (n,) whether it is a control.
+    """
+
+    names: tuple[str, ...]
+    own: Floats
+    base: Floats | None
+    references: Floats
+    seen: NDArray[np.bool_]
+    control: NDArray[np.bool_]
+
+    @property
+    def loss(self) -> Floats:
+        """(n,) mean log-likelihood at the target."""
+        return self.own[:, 0]
+
+    @property
+    def reference_losses(self) -> Floats:
+        """(k, n) mean log-likelihood at the references."""
+        return self.references[:, :, 0]
+
+    @property
+    def unseen_loss(self) -> Floats:
+        """(n,) mean log-likelihood where the record was not trained on: at the base, or else the
+        mean over references without it."""
+        if self.base is not None:
+            return self.base[:, 0]
+        return _mean_where(self.reference_losses, ~self.seen)
+
+    def mean_probability(self, *, seen: bool) -> Floats:
+        """(n,) mean of exp(mean log-likelihood) over references that saw the record, or that did
+        not; without references, that of the base."""
+        if not len(self.references) and self.base is not None and not seen:
+            return np.exp(self.base[:, 0])
+        return _mean_where(np.exp(self.reference_losses), self.seen if seen else ~self.seen)
+
+
+class OtherLosses(ModelReadings):
+    """The losses alone, where there is at least one other model."""
+
+
+class ReferenceLosses(ModelReadings):
+    """The losses alone, where there are references."""
+
+
+def _mean_where(values: Floats, chosen: NDArray[np.bool_]) -> Floats:
+    """(n,) mean of the chosen of (k, n) values; NaN where none."""
+    chosen = chosen & np.isfinite(values)
+    count = chosen.sum(axis=0)
+    total = np.where(chosen, values, 0.0).sum(axis=0)
+    mean: Floats = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+    return mean
+
+
+@dataclass(frozen=True)
+class AugmentedDivergences:
+    """(n, k) Kullback-Leibler divergence, in nats a token, of the answer's distributions given the
+    image from those given its k augmentations; NaN where one could not be read."""
+
+    divergences: Floats
+
+
+@dataclass(frozen=True)
+class NeighbourLosses:
+    """Losses of each record and of texts a few words away from its own, in nats a token.
+
+    Attributes:
+        own: (n,).
+        neighbours: one number a neighbour; none where a text has a single word.
+    """
+
+    own: Floats
+    neighbours: Ragged
+
+
+@dataclass(frozen=True)
+class CorruptedEmbeddings:
+    """(n, k) cosine of an image's visual embedding with those of its k corruptions."""
+
+    cosines: Floats
+
+
+@dataclass(frozen=True)
+class SampledAnswers:
+    """What the target answers to a record's image and prompt, drawn again and again.
+
+    Attributes:
+        truth: the n records' own texts.
+        temperatures: the t temperatures, from low to high.
+        answers: of each record, for each temperature the answers drawn at it.
+    """
+
+    truth: Sequence[str]
+    temperatures: tuple[float, ...]
+    answers: Sequence[Sequence[Sequence[str]]]
+
+
 # What one pass over each kind of target can yield.
 OF_KIND: Mapping[str, tuple[type, ...]] = {
-    "generative": (TokenStatistics, GradientNorms, GradientSlices),
+    "generative": (
+        TokenStatistics,
+        AnswerDistributions,
+        PromptDistributions,
+        OwnDescription,
+        GradientNorms,
+        GradientSlices,
+        AugmentedDivergences,
+        NeighbourLosses,
+        CorruptedEmbeddings,
+        SampledAnswers,
+        OtherLosses,
+        ReferenceLosses,
+        ModelReadings,
+    ),
+    "endpoint": (SampledAnswers,),
     "dual-encoder": (
         PairEmbeddings,
         AugmentedCosines,
@@ -202,7 +404,25 @@ OF_KIND: Mapping[str, tuple[type, ...]] = {
         ContrastLoss,
         GradientNorms,
         GradientSlices,
+        OtherLosses,
+        ReferenceLosses,
+        ModelReadings,
     ),
+}
+# What is compared across models, and what each of them is asked for.
+ACROSS: Mapping[type, tuple[type, ...]] = {
+    OtherLosses: (TokenStatistics, ContrastLoss),
+    ReferenceLosses: (TokenStatistics, ContrastLoss),
+    ModelReadings: (TokenStatistics, ContrastLoss, GradientNorms),
+}
+# What takes further forwards (or questions, of an endpoint), and how many a record: made only where
+# a signal that needs it is named.
+EXTRA: Mapping[type, int] = {
+    OwnDescription: 2,
+    AugmentedDivergences: 5,
+    NeighbourLosses: 24,
+    CorruptedEmbeddings: 6,
+    SampledAnswers: 6,
 }
 # What a dual encoder yields only against a bank of negatives.
 NEEDS_BANK = frozenset((ContrastLoss, GradientNorms, GradientSlices))

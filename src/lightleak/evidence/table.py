@@ -8,13 +8,23 @@ import numpy as np
 import pyarrow as pa
 
 from lightleak.evidence.readings import (
+    FINITE_ORDERS,
+    ORDERS,
+    AnswerDistributions,
     AugmentedCosines,
+    AugmentedDivergences,
     ContrastLoss,
+    CorruptedEmbeddings,
+    Distributions,
     DropoutCosines,
     GradientNorms,
     GradientSlices,
+    NeighbourLosses,
+    OwnDescription,
     PairEmbeddings,
+    PromptDistributions,
     Ragged,
+    SampledAnswers,
     SliceAxis,
     SliceBlock,
     TokenStatistics,
@@ -57,6 +67,37 @@ def token_statistics(table: pa.Table) -> TokenStatistics:
     )
 
 
+def answer_distributions(table: pa.Table) -> AnswerDistributions:
+    """The distributions behind the answers of an evidence table."""
+    return AnswerDistributions({"description": _distributions(table, "description")})
+
+
+def prompt_distributions(table: pa.Table) -> PromptDistributions:
+    """The same with those at images and instructions."""
+    return PromptDistributions(_slices(table, ""))
+
+
+def own_description(table: pa.Table) -> OwnDescription:
+    """The same where the target's own descriptions are the answers."""
+    return OwnDescription(_slices(table, "own_"))
+
+
+def _slices(table: pa.Table, prefix: str) -> dict[str, Distributions]:
+    names = ("image", "instruction", "description")
+    slices = {name: _distributions(table, prefix + name) for name in names}
+    both = slices["instruction"].followed_by(slices["description"])
+    return {**slices, "instruction+description": both}
+
+
+def _distributions(table: pa.Table, column: str) -> Distributions:
+    flat = table.select([column]).flatten()
+    return Distributions(
+        _ragged(flat, f"{column}.gap"),
+        {order: _ragged(flat, f"{column}.renyi_{order}") for order in ORDERS},
+        {order: _ragged(flat, f"{column}.modified_{order}") for order in FINITE_ORDERS},
+    )
+
+
 def pair_embeddings(table: pa.Table) -> PairEmbeddings:
     """The embeddings of an evidence table."""
     return PairEmbeddings(matrix(table, "image_embedding"), matrix(table, "text_embedding"))
@@ -75,6 +116,29 @@ def dropout_cosines(table: pa.Table) -> DropoutCosines:
 def contrast_loss(table: pa.Table) -> ContrastLoss:
     """The contrastive losses of an evidence table."""
     return ContrastLoss(table["contrast_loss"].to_numpy())
+
+
+def augmented_divergences(table: pa.Table) -> AugmentedDivergences:
+    """The divergences of an evidence table under augmentations."""
+    return AugmentedDivergences(matrix(table, "augmented_divergences"))
+
+
+def neighbour_losses(table: pa.Table) -> NeighbourLosses:
+    """The losses of an evidence table, and of the neighbours."""
+    return NeighbourLosses(-_ragged(table, "logprob").mean(), _ragged(table, "neighbour_losses"))
+
+
+def corrupted_embeddings(table: pa.Table) -> CorruptedEmbeddings:
+    """The cosines of an evidence table under corruptions."""
+    return CorruptedEmbeddings(matrix(table, "corruption_cosines"))
+
+
+def sampled_answers(table: pa.Table) -> SampledAnswers:
+    """The answers of an evidence table."""
+    temperatures = table["temperatures"][0].as_py() if table.num_rows else ()
+    return SampledAnswers(
+        table["truth"].to_pylist(), tuple(temperatures), table["answers"].to_pylist()
+    )
 
 
 def gradient_norms(table: pa.Table, matrices: Sequence[str]) -> GradientNorms:

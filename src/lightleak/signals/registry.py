@@ -78,10 +78,11 @@ class Signal:
     Attributes:
         name: what users call it.
         function: from evidence (and fits) to (n,) scores.
-        needs: the kind of evidence.
+        needs: the kind of evidence, where no option asks for another.
         source: the paper.
         fitted: whether it takes fits.
         unscorable: why a record may have no score.
+        needs_with: the kind of evidence that options ask for.
     """
 
     name: str
@@ -90,6 +91,11 @@ class Signal:
     source: str
     fitted: bool
     unscorable: str
+    needs_with: Callable[[Mapping[str, Any]], type] | None = None
+
+    def evidence(self, options: Mapping[str, Any]) -> type:
+        """The kind of evidence that it takes with these options."""
+        return self.needs if self.needs_with is None else self.needs_with(options)
 
     @property
     def options(self) -> Mapping[str, inspect.Parameter]:
@@ -117,12 +123,13 @@ def signal(
     source: str,
     fitted: bool = False,
     unscorable: str = "the answer has no token",
+    needs_with: Callable[[Mapping[str, Any]], type] | None = None,
 ) -> Callable[[Callable[..., Floats]], Callable[..., Floats]]:
     """Declare a function as a signal under its own name."""
 
     def declare(function: Callable[..., Floats]) -> Callable[..., Floats]:
         name = function.__name__
-        _REGISTRY[name] = Signal(name, function, needs, source, fitted, unscorable)
+        _REGISTRY[name] = Signal(name, function, needs, source, fitted, unscorable, needs_with)
         return function
 
     return declare

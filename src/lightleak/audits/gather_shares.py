@@ -1,0 +1,396 @@
+"""How much of each record is in what fine-tuning changed: gradients, K and b, job by job.
+
+Each record's gradient is held against all others, so they are written down, slab by slab; once K
+and b are made of them, they are removed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightleak import signals
+from lightleak.audits.measure import claim
+from lightleak.audits.models import Model, made, release
+from lightleak.audits.passes import Pass, Plan, piece_of, save_tensors
+from lightleak.audits.settings import AuditSettings
+from lightleak.audits.sides import Sides
+from lightleak.errors import UserError
+from lightleak.evidence import collect
+from lightleak.evidence.collect import BatchSize
+from lightleak.evidence.gradients import GradientEngine
+from lightleak.evidence.readings import ModelReadings
+from lightleak.evidence.shares import (
+    POINTS,
+    Kernel,
+    chosen,
+    record_gradients,
+    selection_of,
+)
+from lightleak.records import Record
+from lightleak.runs import Progress, Run
+from lightleak.runs.executors import Executor
+from lightleak.runs.progress import Advance
+from lightleak.targets import Change, DualEncoderTarget, Target
+
+FOLDER = "shares"
+# K of so many records is solved in a minute, and held in memory several times.
+_MOST_RECORDS = 8000
+_SAMPLE = 8
+# Of gradients that are held in memory at once.
+_CHUNK_BYTES = 256e6
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read, fixed when it begins.
+
+    Attributes:
+        size: batch limits.
+        shard: records that are written together.
+        shapes: of the matrices, named as without an adapter.
+        unseen: those that only autograd sees whole.
+        number: bytes of one number of a gradient.
+    """
+
+    size: BatchSize
+    shard: int
+    shapes: Mapping[str, tuple[int, int]]
+    unseen: tuple[str, ...]
+    number: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of a record's gradient."""
+        return self.number * sum(out * size for out, size in self.shapes.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Bfloat16 keeps enough of what is only ever added up; a float64 model is kept whole."""
+        return torch.float64 if self.number == torch.float64.itemsize else torch.bfloat16
+
+
+def gather_shares(
+    run: Run,
+    target: Pass,
+    references: Mapping[str, Model],
+    sides: Sides,
+    progress: Progress,
+    executor: Executor,
+) -> None:
+    """Hold every record's gradient against all others and what training changed.
+
+    Only where a signal reads it and the base is known; where it would take too much, a note says so
+    and the signal goes without.
+
+    Args:
+        run: the run.
+        target: its own pass, with its plan.
+        references: models that were trained from the same base, by name.
+        sides: the records.
+        progress: shows how far it is.
+        executor: does the jobs.
+    """
+    settings, base = target.settings, target.settings.known_base()
+    asked = {signals.get(name).evidence(settings.options_of(name)) for name in settings.signals}
+    if base is None or ModelReadings not in asked:
+        return
+    if len(sides.records) > _MOST_RECORDS:
+        progress.note(
+            f"No shares: {len(sides.records)} records, and {_MOST_RECORDS} can be solved."
+        )
+        return
+    folder = run.evidence / FOLDER
+    folder.mkdir(exist_ok=True)
+    of = replace(target, folder=folder, of="")
+    claim(of, sides)
+    models = {"target": target.model, **references}
+    wanted = {"base": list(models), "middle": ["target"]}
+    waiting = [point for point in POINTS if _models(folder / _result(point)) != wanted[point]]
+    if not waiting:
+        return
+    begun = Plan.stored(target.folder)
+    assert begun is not None  # Its records were measured before.
+    with progress.stage("What training changed", len(models)) as advance:
+        given = Look(of, base, begun, sides.records[:_SAMPLE], sides.bank)
+        (reading,) = executor.map(look, [given], advance)
+        why_not = reading if isinstance(reading, str) else _too_much(reading, sides, settings)
+        if why_not or isinstance(reading, str):
+            progress.note(f"No shares: {why_not}.")
+            return
+        others = [Other(name, model, base, of, reading) for name, model in references.items()]
+        unlike = [each for each in executor.map(write_change, others, advance) if each]
+    for name in unlike:
+        progress.note(f"No shares of {name}: its parameters are not those of the base.")
+    for point in waiting:
+        where = replace(of, of=f"the {point} of the change" if POINTS[point].way else "the base")
+        slabs = [
+            Slab(where, base, reading, point, sides.bank, index, sides.records[start:stop])
+            for index, (start, stop) in enumerate(_spans(len(sides.records), reading.shard))
+        ]
+        with progress.stage(f"Gradients, {where.of}", len(sides.records)) as advance:
+            missing = [each for each in slabs if not each.done()]
+            advance(len(sides.records) - sum(len(each.records) for each in missing))
+            executor.map(take_gradients, missing, advance)
+        with progress.stage(f"Each record against each, {where.of}", 1) as advance:
+            executor.map(multiply, [Product(of, reading, point, tuple(wanted[point]))], advance)
+        for slab in slabs:
+            slab.file.unlink(missing_ok=True)  # A rehearsal writes but one.
+    for file in folder.glob("change-*.safetensors"):
+        file.unlink()
+
+
+def _too_much(reading: Reading, sides: Sides, settings: AuditSettings) -> str:
+    """Why the gradients cannot be written down; empty where they can."""
+    needed, room = len(sides.records) * reading.width / 1e9, settings.evidence_limit
+    if needed <= room:
+        return ""
+    return (
+        f"the gradients of {len(sides.records)} records would take {needed:.3g} GB for a while, "
+        f"and the evidence limit is {room:.3g} GB"
+    )
+
+
+def _spans(count: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+# -- jobs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """The first job: what the target changed, and how records' gradients are read there."""
+
+    of: Pass
+    base: str
+    plan: Plan
+    sample: tuple[Record, ...]
+    bank: tuple[Record, ...]
+
+
+def look(job: Look, advance: Advance) -> Reading | str:
+    """Write the target's change down; how gradients are read, or why they cannot be."""
+    try:
+        change = _change(job.of.model, job.base)
+    except UserError as error:
+        return error.what
+    names = chosen(change)
+    deltas = {name: change.delta(name).flatten(1) for name in names}
+    shapes = {name: (len(each), each.shape[1]) for name, each in deltas.items()}
+    _write(job.of, "target", change, names)
+    target = _with_bank(change.at(0.0), job.bank, job.plan.size)
+    selection = selection_of(target, names)
+    unread = [name for name in names if name not in selection.shapes]
+    if not names or unread:
+        return f"{unread[0]} cannot be read" if unread else "no matrix differs from the base's"
+    unseen: set[str] = set()
+    if not target.has_adapter:
+        engine = GradientEngine(target, selection)
+        alone = [[each] for each in collect.encode(target, job.sample).records]
+        collect.run(target, alone, lambda batch: unseen.update(engine.unseen(batch)))
+    number = (torch.float64 if target.wide == torch.float64 else torch.bfloat16).itemsize
+    width = number * sum(out * size for out, size in shapes.values())
+    shard = min(job.plan.shard, piece_of(width))
+    advance(1)
+    return Reading(job.plan.size, shard, shapes, tuple(sorted(unseen)), number)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A reference, whose change is written down."""
+
+    name: str
+    model: Model
+    base: str
+    of: Pass
+    reading: Reading
+
+
+def write_change(job: Other, advance: Advance) -> str:
+    """Write what a reference changed at the matrices that are read; its name if it is unlike."""
+    try:
+        change = _change(job.model, job.base)
+    except UserError:
+        return job.name
+    _write(job.of, job.name, change, job.reading.shapes)
+    advance(1)
+    return ""
+
+
+def _change(model: Model, base: str) -> Change:
+    release()  # These are moved: whoever comes next must load its own.
+    settings = model.settings
+    return Change.between(settings.load(), lambda: settings.load(base))
+
+
+def _write(of: Pass, name: str, change: Change, names: Collection[str]) -> None:
+    there = [each for each in change.matrices if each in names]
+    deltas = {each: change.delta(each).flatten() for each in there}
+    save_tensors(_change_file(of.folder, name), deltas, {})
+
+
+def _change_file(folder: Path, name: str) -> Path:
+    return folder / f"change-{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Some records whose gradients are written together.
+
+    Attributes:
+        of: the pass.
+        base: what the target was fine-tuned from.
+        plan: how gradients are read.
+        point: where.
+        bank: of a dual encoder's negatives.
+        index: of the slab.
+        records: the slab.
+    """
+
+    of: Pass
+    base: str
+    plan: Reading
+    point: str
+    bank: tuple[Record, ...]
+    index: int
+    records: tuple[Record, ...]
+
+    @property
+    def file(self) -> Path:
+        """Where they go."""
+        return self.of.folder / f"gradients-{self.point}-{self.index:05d}.safetensors"
+
+    def done(self) -> bool:
+        """Whether the file is there and about these records."""
+        try:
+            with safe_open(self.file, "pt") as content:
+                return bool(content.metadata()["of"] == self._key)
+        except (OSError, SafetensorError):
+            return False
+
+    @property
+    def _key(self) -> str:
+        return json.dumps([record.id for record in self.records])
+
+    def write(self, gradients: Mapping[str, Tensor], ids: Sequence[str]) -> None:
+        """Write them at once; `ids` are of the records that have a gradient."""
+        save_tensors(self.file, dict(gradients), {"of": self._key, "ids": json.dumps(ids)})
+
+
+def take_gradients(slab: Slab, advance: Advance) -> None:
+    """Write every record's gradient of a slab down."""
+
+    def placed() -> GradientEngine:
+        target = _change(slab.of.model, slab.base).at(POINTS[slab.point].way)
+        target = _with_bank(target, slab.bank, slab.plan.size)
+        selection = selection_of(target, slab.plan.shapes).whole(slab.plan.unseen)
+        return GradientEngine(target, selection)
+
+    engine = made((slab.of, slab.point), placed)
+    dtype, size = slab.plan.dtype, slab.plan.size
+    ids, gradients, _ = record_gradients(engine, slab.records, size, dtype, advance)
+    slab.write(gradients, ids)
+
+
+def _with_bank(target: Target, bank: Sequence[Record], size: BatchSize) -> Target:
+    """A dual encoder needs negatives, embedded by itself."""
+    if isinstance(target, DualEncoderTarget) and bank:
+        target.bank = collect.embed_bank(target, bank, size)
+    return target
+
+
+@dataclass(frozen=True)
+class Product:
+    """K and b of a point, once all gradients are written."""
+
+    of: Pass
+    reading: Reading
+    point: str
+    models: tuple[str, ...]
+
+
+def multiply(job: Product, advance: Advance) -> None:
+    """K = GGᵀ and b = −ΔGᵀ, some columns of some matrix at a time."""
+    folder, point = job.of.folder, job.point
+    device = torch.device(job.of.description.device)
+    wide = torch.float64 if job.reading.dtype == torch.float64 else torch.float32
+    with ExitStack() as stack:
+
+        def opened(file: Path) -> Any:
+            return stack.enter_context(safe_open(file, "pt"))
+
+        slabs = [opened(file) for file in sorted(folder.glob(f"gradients-{point}-*.safetensors"))]
+        files = [_change_file(folder, name) for name in job.models]
+        changes = {row: opened(file) for row, file in enumerate(files) if file.is_file()}
+        ids = [key for each in slabs for key in json.loads(each.metadata()["ids"])]
+        n, k = len(ids), len(files)
+        gram, against, squares = (
+            torch.zeros(shape, dtype=wide, device=device) for shape in ((n, n), (k, n), (k,))
+        )
+        for name, (out, size) in job.reading.shapes.items():
+            here = [(row, each) for row, each in changes.items() if name in set(each.keys())]
+            for start, stop in _spans(out * size, int(_CHUNK_BYTES / wide.itemsize / max(1, n))):
+                parts = [each.get_slice(name)[:, start:stop] for each in slabs]
+                gradients = torch.cat(parts).to(device, wide)
+                gram += gradients @ gradients.T
+                for row, change in here:
+                    delta = change.get_slice(name)[start:stop].to(device, wide)
+                    against[row] -= gradients @ delta
+                    squares[row] += delta.square().sum()
+        content = {"gram": gram, "against": against, "sizes": squares.sqrt()}
+        about = {"ids": json.dumps(ids), "models": json.dumps(job.models)}
+        save_tensors(folder / _result(point), content, about)
+    advance(1)
+
+
+# -- without a model --------------------------------------------------------------------------
+
+
+def read_shares(run: Run) -> dict[str, dict[str, dict[str, float]]]:
+    """Model → reading → record id → number: "share base", "along base", the same of "middle".
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, point in POINTS.items():
+        file = run.evidence / FOLDER / _result(name)
+        if not file.is_file():
+            continue
+        try:
+            kernel = Kernel(**safetensors.numpy.load_file(file))
+            with safe_open(file, "np") as content:
+                about = {key: json.loads(value) for key, value in content.metadata().items()}
+        except (OSError, SafetensorError, TypeError) as error:
+            raise UserError(
+                f"it is damaged ({error})", str(file), "Delete it and run the same audit again."
+            ) from error
+        for word, values in (("share", kernel.shares(point.ridge)), ("along", kernel.along())):
+            for model, row in zip(about["models"], values.tolist(), strict=True):
+                found.setdefault(model, {})[f"{word} {name}"] = dict(
+                    zip(about["ids"], row, strict=True)
+                )
+    return found
+
+
+def _result(point: str) -> str:
+    return f"{point}.safetensors"
+
+
+def _models(file: Path) -> list[str]:
+    """Of which models a result tells; of none where it is not there or damaged."""
+    try:
+        with safe_open(file, "np") as content:
+            return list(json.loads(content.metadata()["models"]))
+    except (OSError, SafetensorError):
+        return []

@@ -1,0 +1,27 @@
+"""RMIA: a record's likelihood ratio, ranked among those of records that are known to be outside."""
+
+import numpy as np
+
+from lightleak.evidence.readings import Floats, OtherLosses
+from lightleak.signals.registry import signal
+
+
+@signal(
+    needs=OtherLosses,
+    source="Zarifzadeh, Liu and Shokri 2024, arXiv:2312.03262",
+    unscorable="another model could not read it",
+)
+def rmia(models: OtherLosses, *, gamma: float = 2.0, a: float = 0.3) -> Floats:
+    """Share of the controls z with [p(x)/p̄(x)] / [p(z)/p̄(z)] ≥ gamma, p = exp(mean_t log p_t).
+
+    p̄ is the mean of p with and without the record in training; where no reference saw it,
+    ((1 + a)·p̄_out + 1 − a)/2, as published.
+    """
+    seen, unseen = models.mean_probability(seen=True), models.mean_probability(seen=False)
+    average = np.where(np.isfinite(seen), (seen + unseen) / 2, ((1 + a) * unseen + 1 - a) / 2)
+    ratio = np.exp(models.loss) / average
+    others = ratio[models.control & np.isfinite(ratio)]
+    if not len(others):
+        return np.full(len(ratio), np.nan)
+    share = np.searchsorted(np.sort(others), ratio / gamma, side="right") / len(others)
+    return np.where(np.isfinite(ratio), share, np.nan)

@@ -1,0 +1,311 @@
+"""Shares: K and b are autograd's own, and tell who is in what fine-tuning changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+import lightleak
+from lightleak import lab, targets
+from lightleak.audits.gather_shares import FOLDER, gather_shares, multiply, read_shares
+from lightleak.audits.models import Model, release
+from lightleak.audits.passes import Plan, begin
+from lightleak.audits.settings import AuditSettings
+from lightleak.audits.sides import read_sides
+from lightleak.audits.stored import _across
+from lightleak.audits.stored import load as load_evidence
+from lightleak.evidence.collect import BatchSize
+from lightleak.evidence.readings import ModelReadings
+from lightleak.evidence.shares import POINTS, Kernel, shares
+from lightleak.lab.models import tiny_llava
+from lightleak.records import open_rgb
+from lightleak.runs import Run, Silent
+from lightleak.runs.executors import executor
+from lightleak.statistics import auc
+
+SIDE, SHARD = 5, 3
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+INNER = "model.language_model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def _released():
+    yield
+    release()
+
+
+def write_records(folder, count=SIDE):
+    """Noise with a few words, and among the controls one record that the model refuses."""
+    rng = np.random.default_rng(0)
+    for side in ("suspect", "control"):
+        rows = []
+        for i in range(count):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{side}-{i}.png")
+            words = rng.choice(["red", "green", "blue", "no"], 1 + i % 3)
+            refused = side == "control" and i == 1
+            text = "<image>" if refused else " ".join(words)
+            rows.append({"id": str(i), "image": f"{side}-{i}.png", "text": text})
+        (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def moved(base, out, seed):
+    """A model a little away from its base in all that it is made of."""
+    target = targets.load(base, dtype="float64")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in target.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += 0.02 * noise
+    target.model.save_pretrained(out)
+    target.processor.save_pretrained(out)
+    return {"target": out, "base": base}
+
+
+def adapted(base, out, seed, layers):
+    target = targets.load(base, dtype="float64")
+    model = get_peft_model(target.model, LoraConfig(r=2, lora_alpha=6, target_modules=layers))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(out)
+    return {"target": base, "adapter": out}
+
+
+@pytest.fixture(scope="module", params=["full", "full, tied", "inner adapter", "head, tied"])
+def given(request, tmp_path_factory):
+    """A base, a target and a reference in float64, with their records."""
+    folder = tmp_path_factory.mktemp("given")
+    base = folder / "base"
+    tiny_llava(base, ["red green blue no"] * 3, seed=3)
+    if "tied" in request.param:
+        target = targets.load(base)
+        target.model.config.tie_word_embeddings = True
+        target.model.config.text_config.tie_word_embeddings = True
+        target.model.tie_weights()
+        target.model.save_pretrained(base)
+    write_records(folder)
+    if request.param.startswith("full"):
+        made = [moved(base, folder / name, seed) for seed, name in enumerate(("own", "other"))]
+        names = [EMBEDDING] if "tied" in request.param else [HEAD, EMBEDDING]
+    else:
+        inner = request.param == "inner adapter"
+        layers = r".*language_model\.layers\.1\.self_attn\.q_proj" if inner else ["lm_head"]
+        made = [
+            adapted(base, folder / name, seed, layers) for seed, name in enumerate(("own", "other"))
+        ]
+        names = [INNER if inner else HEAD]
+    return folder, base, made, names
+
+
+@dataclass
+class Notes(Silent):
+    """What a user is told."""
+
+    told: list[str] = field(default_factory=list)
+
+    def note(self, text):
+        self.told.append(text)
+
+
+class Stopping:
+    """Does jobs in this process, and is interrupted where all gradients are written."""
+
+    workers, share = 1, 1.0
+
+    def map(self, perform, jobs, advance=lambda _: None):
+        if perform is multiply:
+            raise KeyboardInterrupt
+        return [perform(job, advance) for job in jobs]
+
+
+def settings_of(folder, made, **more):
+    given = {"signals": ("signature",), "primary": "signature", "dtype": "float64", **made, **more}
+    sides = {side: folder / f"{side}.jsonl" for side in ("suspect", "control")}
+    return AuditSettings.read(**sides, **given)
+
+
+def gathered(out, folder, made, *, size=4, by=None, **more):
+    """The run after its shares were gathered, and what was told on the way."""
+    settings, run, notes = settings_of(folder, made[0], **more), Run.create(out), Notes()
+    sides = read_sides(settings, Silent())
+    others = {f"reference-{i:02d}": Model(settings_of(folder, m)) for i, m in enumerate(made[1:])}
+    with executor() as here:
+        of = begin(run.evidence, settings, sides, Silent(), here)
+        Plan(BatchSize(size), SHARD, 1, False, (), (), (), {}, {}).store(run.evidence)
+        gather_shares(run, of, others, sides, notes, by or here)
+    return run, notes.told
+
+
+def stored(run, point):
+    file = run.evidence / FOLDER / f"{point}.safetensors"
+    with safetensors.safe_open(file, "np") as content:
+        about = {key: json.loads(value) for key, value in content.metadata().items()}
+    return Kernel(**safetensors.numpy.load_file(file)), about
+
+
+def naive(folder, base, made, names, way):
+    """K, b and ‖Δ‖ from whole gradients, with the weights set by hand."""
+    target = targets.load(base, dtype="float64")
+    model, deltas = target.model, []
+    if names == [HEAD] and model.lm_head.weight is model.get_input_embeddings().weight:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    under = {name: each.detach().clone() for name, each in model.named_parameters()}
+    for each in made:
+        if "adapter" in each:
+            weights = safetensors.numpy.load_file(each["adapter"] / "adapter_model.safetensors")
+            key = f"base_model.model.{names[0].removesuffix('.weight')}.lora_"
+            a, b = (torch.from_numpy(weights[f"{key}{x}.weight"]).double() for x in "AB")
+            deltas.append({names[0]: 3 * b @ a})
+        else:
+            own = dict(targets.load(each["target"], dtype="float64").model.named_parameters())
+            deltas.append({name: own[name] - under[name] for name in under})
+    with torch.no_grad():
+        for name, change in deltas[0].items():
+            model.get_parameter(name).copy_(under[name] + way * change)
+    chosen = [model.get_parameter(name).requires_grad_(True) for name in names]
+    ids, rows = [], []
+    for record in read_sides(settings_of(folder, made[0]), Silent()).records:
+        if record.text == "<image>":
+            continue
+        batch = target.collate([target.encode(record, open_rgb(record.image))])
+        gradients = torch.autograd.grad(target.outputs(batch).losses.sum(), chosen)
+        ids.append(record.id)
+        rows.append(torch.cat([each.flatten() for each in gradients]))
+    g = torch.stack(rows).numpy()
+    d = np.stack([torch.cat([each[n].flatten() for n in names]).detach() for each in deltas])
+    return ids, g @ g.T, -d @ g.T, np.linalg.norm(d, axis=1)
+
+
+def test_k_and_b_are_those_of_autograds_own_gradients(given, tmp_path):
+    folder, base, made, names = given
+    run, told = gathered(tmp_path / "run", folder, made)
+    assert told == []
+    for point, models in (("base", 2), ("middle", 1)):
+        found, about = stored(run, point)
+        ids, gram, against, sizes = naive(folder, base, made, names, POINTS[point].way)
+        assert about["ids"] == ids
+        assert about["models"] == ["target", "reference-00"][:models]
+        np.testing.assert_allclose(found.gram, gram, rtol=1e-6, atol=1e-6 * gram.max())
+        scale = 1e-6 * abs(against).max()
+        np.testing.assert_allclose(found.against, against[:models], rtol=1e-6, atol=scale)
+        np.testing.assert_allclose(found.sizes, sizes[:models], rtol=1e-6)
+    readings = read_shares(run)
+    assert list(readings["target"]) == ["share base", "along base", "share middle", "along middle"]
+    assert list(readings["reference-00"]) == ["share base", "along base"]
+    # The record that has no gradient is in none of them.
+    assert "control/1" not in readings["target"]["share base"]
+    ids, gram, against, sizes = naive(folder, base, made, names, 0.0)
+    n = len(ids)
+    expected = np.linalg.inv(gram + 0.3 * np.trace(gram) / n * np.eye(n)) @ against[1]
+    found = [readings["reference-00"]["share base"][key] for key in ids]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    found = [readings["target"]["along base"][key] for key in ids]
+    np.testing.assert_allclose(found, against[0] / np.sqrt(np.diag(gram)) / sizes[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["full", "inner adapter"], indirect=True)
+def test_batches_change_nothing(given, tmp_path):
+    folder, _, made, _ = given
+    alone, together = (
+        stored(gathered(tmp_path / str(size), folder, made[:1], size=size)[0], "middle")[0]
+        for size in (1, 4)
+    )
+    scale = 1e-9 * together.gram.max()
+    np.testing.assert_allclose(alone.gram, together.gram, rtol=1e-9, atol=scale)
+    np.testing.assert_allclose(alone.against, together.against, rtol=1e-9, atol=scale)
+
+
+@pytest.mark.parametrize("given", ["full"], indirect=True)
+def test_a_broken_run_ends_in_the_same_bits(given, tmp_path):
+    folder, _, made, _ = given
+    whole, _ = gathered(tmp_path / "whole", folder, made)
+    with pytest.raises(KeyboardInterrupt):
+        gathered(tmp_path / "broken", folder, made, by=Stopping())
+    one, another, *_ = sorted((tmp_path / "broken/evidence" / FOLDER).glob("gradients-*"))
+    one.unlink()
+    another.write_bytes(another.read_bytes()[:-8])
+    broken, _ = gathered(tmp_path / "broken", folder, made)
+    left = [sorted((run.evidence / FOLDER).iterdir()) for run in (whole, broken)]
+    assert [file.name for file in left[1]] == [
+        "base.safetensors",
+        "fingerprint.json",
+        "middle.safetensors",
+    ]
+    for file, other in zip(*left, strict=True):
+        assert file.read_bytes() == other.read_bytes()
+    # A further reference adds its own b, and leaves the rest.
+    more, _ = gathered(tmp_path / "broken", folder, [*made, made[0]])
+    before, after = stored(whole, "base")[0], stored(more, "base")[0]
+    assert (before.gram == after.gram).all()
+    assert (before.against == after.against[:2]).all()
+    assert (after.against[2] == after.against[0]).all()
+
+
+@pytest.mark.parametrize("given", ["full"], indirect=True)
+def test_what_would_take_too_much_is_left_out_and_said(given, tmp_path):
+    folder, _, made, _ = given
+    run, told = gathered(tmp_path / "run", folder, made, evidence_limit=1e-6)
+    assert len(told) == 1
+    assert "evidence limit" in told[0]
+    assert read_shares(run) == {}
+
+
+def test_shares_follow_their_records_and_copies_have_the_same():
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((30, 50))
+    gradients[10:20] = gradients[:10]
+    gram, against = gradients @ gradients.T, gradients @ rng.standard_normal(50)
+    found = shares(gram, against, 0.1)
+    order = rng.permutation(30)
+    np.testing.assert_allclose(shares(gram[order][:, order], against[order], 0.1), found[order])
+    np.testing.assert_allclose(found[10:20], found[:10])
+    assert abs(found).max() < 10 * abs(against).max() / gram.diagonal().mean()
+
+
+@pytest.fixture(scope="module")
+def tuned(cache, tmp_path_factory):
+    """A base, and the same tuned on 80 members; 160 further records."""
+    out = tmp_path_factory.mktemp("lab") / "full"
+    return lab.build("captions-full", out, members=80, nonmembers=160, epochs=4)
+
+
+def test_shares_tell_members_and_find_nothing_among_others(tuned, tmp_path):
+    folder = tuned.truth.parent
+    (folder / "suspect.jsonl").write_text(tuned.members.read_text())
+    (folder / "control.jsonl").write_text(tuned.nonmembers.read_text())
+    made = [{"target": tuned.target, "base": tuned.base, "dtype": "float32"}]
+    run, _ = gathered(tmp_path / "run", folder, made, size=32)
+    for point, ridge in ((name, each.ridge) for name, each in POINTS.items()):
+        kernel, about = stored(run, point)
+        member = np.array([key.startswith("suspect/") for key in about["ids"]])
+        others = np.flatnonzero(~member)
+
+        def area(first, second, kernel=kernel, ridge=ridge):
+            rows = np.concatenate([first, second])
+            some = Kernel(kernel.gram[np.ix_(rows, rows)], kernel.against[:, rows], kernel.sizes)
+            found = some.shares(ridge)[0]
+            return auc(found[: len(first)], found[len(first) :])
+
+        assert area(np.flatnonzero(member), others[:80]) > 0.6
+        error = np.sqrt((80 + 80 + 1) / (12 * 80 * 80))
+        assert abs(area(others[:80], others[80:]) - 0.5) < 4 * error
+
+
+@pytest.mark.parametrize("given", ["inner adapter"], indirect=True)
+def test_an_audit_hands_them_to_signature(given, tmp_path):
+    folder, _, made, _ = given
+    out = tmp_path / "run"
+    lightleak.audit(**settings_of(folder, made[0]).model_dump(exclude_unset=True), out=out)
+    readings = _across(load_evidence(Run(out)), ModelReadings)
+    column = list(readings.names).index("share middle")
+    assert np.isfinite(readings.own[:, column]).all()
+    assert np.isnan(readings.base[:, column]).all()
