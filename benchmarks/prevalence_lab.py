@@ -1,12 +1,13 @@
 """Shares as whole audits state them, against the truth, from the lab's own `prevalence`.
 
-    python benchmarks/prevalence_lab.py            # about 15 minutes on one core
+    python benchmarks/prevalence_lab.py            # 44 minutes on two busy cores
 
 For each seed the recipe `captions-tiny` trains a target on 300 records: half of the suspects that
 it writes, and as many known members. Suspects are drawn from them by the truth, 0 to 100 % really
 used, and audited with 100 known members and non-members to calibrate (`--protocol split`). Every
 number is what the verdict says: an estimate with its interval, or, for signals that are fitted,
-the lower bound. `prevalence.py` judges many more draws, from stored scores.
+the lower bound. Audits of one target share its records, so that there are as many independent
+draws as seeds: `prevalence.py` judges many more, from stored scores.
 
 Writes benchmarks/results/prevalence_lab.json and docs/images/prevalence-lab.png.
 """

@@ -2,11 +2,11 @@
 
     python benchmarks/signature.py --cache FOLDER --seeds 3 4 5 6 7
 
-Per seed: 400 members and 400 non-members drawn at random among scenes, a small LLaVA trained on other
-scenes (the base), and from it a target and references for each recipe. What is trained and read is
-kept in the cache, whole or not at all, so a run that was stopped goes on where it was, and a cached
-seed is evaluated without a model. Results go to benchmarks/results/signature.json, and a figure to
-docs/research/signature.png. Settings were chosen on seeds 0 to 2 (docs/research/signature.md).
+Per seed: 400 members and 400 non-members drawn at random among scenes, a small LLaVA trained on
+other scenes (the base), and from it a target and references for each recipe. What is trained and
+read is kept in the cache, whole or not at all, so a run that was stopped goes on where it was, and
+a cached seed is evaluated without a model. Results go to benchmarks/results/signature.json, and a
+figure to docs/research/signature.png. Settings were chosen on seed 0 (docs/research/signature.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from sklearn.preprocessing import StandardScaler
 
 from lightleak.runs import write_json
 from lightleak.statistics import (
+    Unresolvable,
     auc,
+    combine_splits,
     minimum_set_size,
     permutation_test,
     tpr_at_fpr,
@@ -69,18 +71,21 @@ RECIPES = {
     "full": Recipe(1, epochs=4, rate=2e-3, batch=16),
     # What an auditor guesses who does not know how the target was tuned.
     "short": Recipe(2, epochs=2, rate=1e-3, batch=16),
+    "inner": Recipe(3, epochs=9, rate=4e-3, batch=8, rank=16),
 }
-TARGETS = ("full", "lora")
+TARGETS = ("full", "lora", "inner")
 WRONG = {"full": "short"}
-ADAPTED = r".*(language_model.*_proj|multi_modal_projector\.linear_\d|lm_head)"
+MARKS = {"full": "o", "lora": "^", "inner": "x"}
+INNER = r"language_model.*_proj|multi_modal_projector\.linear_\d"
+ADAPTED = {"lora": rf".*({INNER}|lm_head)", "inner": rf".*({INNER})"}
 
 
-def halves(seed: int, which: int, pairs: int) -> Booleans:
-    """(2 pairs, n) random halves and what they leave, so that each record is in every second one."""
+def halves(seed: int, which: int, pairs: int, side: int) -> Booleans:
+    """(2 pairs, n) random halves, each followed by what it leaves."""
     rng = np.random.default_rng([seed, which])
     seen = []
     for _ in range(pairs):
-        half = np.isin(np.arange(2 * SIDE), rng.permutation(2 * SIDE)[:SIDE])
+        half = np.isin(np.arange(2 * side), rng.permutation(2 * side)[:side])
         seen += [half, ~half]
     return np.array(seen)
 
@@ -98,8 +103,8 @@ def save(path: Path, **arrays: Any) -> None:
 class Collection:
     """One seed's records, base, models and readings."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        from lightleak import lab, targets
+    def __init__(self, folder: Path, seed: int, side: int) -> None:
+        from lightleak import targets
         from lightleak.evidence.collect import encode
         from lightleak.evidence.gradients import GradientEngine
         from lightleak.evidence.gradients.select import select
@@ -107,17 +112,16 @@ class Collection:
         from lightleak.lab.models import IMAGE_SIDE
         from lightleak.records import Record
 
-        del lab
         self.folder, self.seed = folder, seed
         folder.mkdir(parents=True, exist_ok=True)
         records = [
             Record(f"scene-{i:05d}", scene.png(IMAGE_SIDE), scene.caption(), prompt="")
-            for i, scene in enumerate(corpora.scenes(5 * SIDE, seed=seed))
+            for i, scene in enumerate(corpora.scenes(5 * side, seed=seed))
         ]
-        self.records, public = records[: 2 * SIDE], records[2 * SIDE : 4 * SIDE]
-        drawn = np.random.default_rng([seed, 1]).permutation(2 * SIDE)[:SIDE]
-        self.member = np.isin(np.arange(2 * SIDE), drawn)
-        self.seen = {False: halves(seed, 7, 4), True: halves(seed, 8, 2)}
+        self.records, public = records[: 2 * side], records[2 * side : 4 * side]
+        drawn = np.random.default_rng([seed, 1]).permutation(2 * side)[:side]
+        self.member = np.isin(np.arange(2 * side), drawn)
+        self.seen = {False: halves(seed, 7, 4, side), True: halves(seed, 8, 2, side)}
         if not (folder / "base" / "done").exists():
             texts = {record.text for record in self.records}
             _make_base(folder / "base", [r for r in public if r.text not in texts], seed)
@@ -156,7 +160,8 @@ class Collection:
         else:
             from peft import LoraConfig, get_peft_model
 
-            config = LoraConfig(r=how.rank, lora_alpha=2 * how.rank, target_modules=ADAPTED)
+            layers = ADAPTED[recipe]
+            config = LoraConfig(r=how.rank, lora_alpha=2 * how.rank, target_modules=layers)
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 model = get_peft_model(model, config)
@@ -184,7 +189,7 @@ class Collection:
                 parameter.copy_(self.base[name] + moved)
 
     def collect(self, recipe: str, roles: Sequence[str]) -> None:
-        """Train the models of a recipe and read every record at the base, half way and at the end."""
+        """Train a recipe's models and read every record at the base, half way and at the end."""
         weights = {role: self.weights(recipe, role) for role in roles}
         path = self.folder / f"{recipe}.base.npz"
         known = list(np.load(path)["models"]) if path.exists() else []
@@ -209,14 +214,14 @@ class Collection:
 
         from lightleak.evidence.collect import BatchSize, plan
         from lightleak.evidence.gradients.forms import Products
-        from lightleak.evidence.tokens import answer_statistics
 
         changes = [_change(each) for each in models]
         adapted = RECIPES[recipe].rank is not None
         shapes, n, k = self.engine.selection.shapes, len(self.encoded), len(models)
         place = {name: j for j, name in enumerate(shapes)}
         row = {record.id: i for i, record in enumerate(self.encoded)}
-        norms, dots = np.zeros((n, len(shapes)), np.float32), np.zeros((n, k, len(shapes)), np.float32)
+        norms = np.zeros((n, len(shapes)), np.float32)
+        dots = np.zeros((n, k, len(shapes)), np.float32)
         tokens = np.full((3, n, LONGEST), np.nan, np.float32)
         kept: dict[tuple[str, int], Any] = {}
 
@@ -246,14 +251,19 @@ class Collection:
                         keep(name, q, rows, gradients.grads.mT @ low)
 
             outputs = self.engine.step(batch, consume)
-            for i, said, answer in zip(rows, outputs.log_probabilities, outputs.tokens, strict=True):
-                found = answer_statistics(said, answer)
-                for q, key in enumerate(("logprob", "mean", "variance")):
-                    tokens[q, i, : len(found[key])] = found[key][:LONGEST]
+            said = zip(rows, outputs.log_probabilities, outputs.tokens, strict=True)
+            for i, log_probabilities, answer in said:
+                p = log_probabilities.exp()
+                mean = (p * log_probabilities).sum(-1)
+                variance = (p * (log_probabilities - mean[:, None]).square()).sum(-1)
+                own = log_probabilities.gather(1, answer[:, None])[:, 0]
+                found = torch.stack([own, mean, variance])[:, :LONGEST]
+                tokens[:, i, : found.shape[1]] = found.numpy()
         kernels: dict[str, Any] = {}
         for (name, model), values in kept.items():
-            kernel = kernels.setdefault(f"K:{_group(name, adapted)}", np.zeros((k, n, n), np.float32))
-            kernel[model] += (values @ values.T).float().numpy()
+            key = f"K:{_group(name, adapted)}"
+            kernels.setdefault(key, np.zeros((k, n, n), np.float32))
+            kernels[key][model] += (values @ values.T).float().numpy()
         if not adapted:
             kernels = {key: value[0] for key, value in kernels.items()}
         return {"norm": norms, "dots": dots, "tokens": tokens, **kernels}
@@ -333,16 +343,20 @@ def part_of(name: str) -> str:
     return next((part for part in order if PARTS[part] in name), "other")
 
 
-def readings(folder: Path, recipe: str, role: str) -> dict[str, Floats]:
-    """All readings of all records at one model, by name."""
-    parts = np.array([part_of(each) for each in _load(folder, "full-target.end")["matrices"]])
+def readings(
+    folder: Path, recipe: str, role: str, rows: NDArray[np.int64] | None = None
+) -> dict[str, Floats]:
+    """All readings at one model, by name, of all records or of an audit of some `rows` only."""
+    audited = np.arange(len(_load(folder, "pool")["member"])) if rows is None else rows
+    parts = np.array([part_of(each) for each in _load(folder, f"{recipe}-{role}.end")["matrices"]])
     found: dict[str, Floats] = {}
     at: dict[str, dict[str, Floats]] = {}
     for point in POINTS:
         z = _load(folder, f"{recipe}.base" if point == "base" else f"{recipe}-{role}.{point}")
         model = list(z["models"]).index(role) if point == "base" else 0
-        against, norms2 = -z["dots"][:, model].astype(float), z["norm"].astype(float) ** 2
-        at[point] = token_readings(z["tokens"])
+        against, norms2 = -z["dots"][audited, model].astype(float), z["norm"][audited] ** 2.0
+        tokens = z["tokens"][:, audited]
+        at[point] = token_readings(tokens)
         for part in ("all", *PARTS):
             own = np.ones(len(parts), bool) if part == "all" else parts == part
             at[point][f"norm {part}"] = -0.5 * np.log(norms2[:, own].sum(1) + 1e-20)
@@ -351,15 +365,17 @@ def readings(folder: Path, recipe: str, role: str) -> dict[str, Floats]:
                 found[f"{point} along {part}"] = along
                 found[f"{point} cosine {part}"] = along / np.sqrt(norms2[:, own].sum(1) + 1e-20)
         kernels = {
-            part: (z[f"K:{part}"] if z[f"K:{part}"].ndim == 2 else z[f"K:{part}"][model])
+            part: (gram if gram.ndim == 2 else gram[model])[np.ix_(audited, audited)]
             for part in IN_KERNEL
-            if f"K:{part}" in z
+            if (gram := z.get(f"K:{part}")) is not None
         }
         sets = [(part,) for part in kernels]
         sets += [two for two in (("head", "embed"), ("head", "text")) if set(two) <= set(kernels)]
         for chosen in sets:
             own = np.isin(parts, [part for each in chosen for part in IN_KERNEL[each]])
             gram = sum(kernels[each] for each in chosen)
+            if not against[:, own].any():
+                continue
             for key, values in shares(gram, against[:, own].sum(1)).items():
                 found[f"{point} {key} {'+'.join(chosen)}"] = values
     for point in POINTS:
@@ -367,7 +383,7 @@ def readings(folder: Path, recipe: str, role: str) -> dict[str, Floats]:
             found[f"{point} {key}"] = values
             if point != "base":
                 found[f"{point} - base {key}"] = values - at["base"][key]
-    found["length"] = np.log((~np.isnan(z["tokens"][0])).sum(1))
+    found["length"] = np.log((~np.isnan(tokens[0])).sum(1))
     return found
 
 
@@ -461,6 +477,14 @@ def rmia(loss: Floats, references: Floats, controls: Booleans) -> Floats:
     return np.asarray(beaten + 1e-6 * np.log(ratio))
 
 
+def complete(folder: Path, recipe: str, roles: Sequence[str]) -> bool:
+    """Whether the cache holds every reading of these models."""
+    names = [f"{recipe}-{role}.{point}" for role in roles for point in POINTS[1:]]
+    if not all((folder / f"{name}.npz").exists() for name in (f"{recipe}.base", *names)):
+        return False
+    return set(roles) <= set(_load(folder, f"{recipe}.base")["models"])
+
+
 def signals(folder: Path, recipe: str, seed: int) -> dict[str, tuple[Floats, Floats | None]]:
     """Scores of every signal for one target, with folds where it was fitted on them."""
     pool = _load(folder, "pool")
@@ -479,22 +503,25 @@ def signals(folder: Path, recipe: str, seed: int) -> dict[str, tuple[Floats, Flo
         "share alone": (_best_share(own), None),
     }
     held = np.array(list(own.values())).T
-    without = _columns(own, lambda name: not any(f" {key} " in name for key in ("share", "t", "error")))
-    target_only = _columns(own, lambda name: name.startswith("end ") and "base" not in name)
-    plain = target_only & without & _columns(own, lambda n: "along" not in n and "cosine" not in n)
-    for label, columns in (("target only", plain), ("without shares", without), ("", without | True)):
-        name = f"signature, no reference{', ' * bool(label)}{label}"
+    with_shares = _columns(own, (" share ", " t ", " error "))
+    with_base = _columns(own, ("base", "middle", " along ", " cosine ")) | with_shares
+    choices = {
+        "signature, no reference": with_shares | True,
+        "signature without shares": ~with_shares,
+        "signature without a base": ~with_base,
+    }
+    for name, columns in choices.items():
         found[name] = from_folds(held[:, columns], member, FOLDS, seed)
     found["signature, no reference, 2 folds"] = from_folds(held, member, 2, seed)
     wrong = WRONG.get(recipe)
     for label, other, count in (("8", recipe, 8), ("4", recipe, 4), ("4 wrong", wrong, 4)):
-        last = folder / f"{other}-ref{count - 1}.end.npz"
-        if other is None or not last.exists():
+        if other is None or not complete(folder, other, [f"ref{i}" for i in range(count)]):
             continue
         seen = pool["seenshort" if other in WRONG.values() else "seen"][:count]
         models = [readings(folder, other, f"ref{i}") for i in range(count)]
         names = [name for name in own if name in models[0]]
-        table = np.array([[each[name] for name in names] for each in (own, *models)]).transpose(0, 2, 1)
+        table = np.array([[each[name] for name in names] for each in (own, *models)])
+        table = table.transpose(0, 2, 1)
         losses = np.array([each["end loss"] for each in models])
         for name, scores in lira(own["end loss"], losses, seen).items():
             found[f"{name}, {label} references"] = (scores, None)
@@ -505,11 +532,13 @@ def signals(folder: Path, recipe: str, seed: int) -> dict[str, tuple[Floats, Flo
 
 
 def _best_share(own: dict[str, Floats]) -> Floats:
-    return next(own[f"middle share {s}"] for s in ("head+embed", "head+text") if f"middle share {s}" in own)
+    sets = [f"middle share {chosen}" for chosen in ("head+embed", "head+text", "text")]
+    return next(own[name] for name in sets if name in own)
 
 
-def _columns(own: dict[str, Floats], wanted: Callable[[str], bool]) -> Booleans:
-    return np.array([wanted(name) for name in own])
+def _columns(own: dict[str, Floats], words: Sequence[str]) -> Booleans:
+    """Which readings have one of these in their names."""
+    return np.array([any(word in name for word in words) for name in own])
 
 
 def measures(scores: Floats, folds: Floats | None, member: Booleans) -> dict[str, float]:
@@ -522,35 +551,53 @@ def measures(scores: Floats, folds: Floats | None, member: Booleans) -> dict[str
             point: Any = tpr_at_fpr(inside, outside, rate)
         else:
             point = tpr_at_fpr_across_folds(inside, outside, folds[member], folds[~member], rate)
-        found[f"TPR at {rate:.0%}"] = point.tpr.value
-        found[f"FPR at {rate:.0%}"] = point.fpr.value
+        known = not isinstance(point, Unresolvable)
+        found[f"TPR at {rate:.0%}"] = point.tpr.value if known else math.nan
+        found[f"FPR at {rate:.0%}"] = point.fpr.value if known else math.nan
     found["set size"] = minimum_set_size(value, alpha=0.01, power=0.9) if value > 0.5 else math.inf
     return found
 
 
-def null_audits(folder: Path, recipe: str, seed: int, count: int) -> list[dict[str, float]]:
-    """Audits of records that the target never saw, half of them called suspects by lot.
-
-    Shares are of all records, as they would be were members among the controls' neighbours; what is
-    learnt without references is learnt from the false labels. References know none.
-    """
+def audited_in_part(folder: Path, recipe: str, seed: int) -> dict[str, dict[str, float]]:
+    """Audits of a part of the members: the rest of the training set is nobody's to explain."""
     member = _load(folder, "pool")["member"]
-    own = readings(folder, recipe, "target")
-    others = np.flatnonzero(~member)
-    held = np.array(list(own.values())).T[others]
-    trained = signals(folder, recipe, seed)
+    drawn = np.random.default_rng([seed, 2]).permutation(np.flatnonzero(member))
+    found = {}
+    for label, count in (("half", len(drawn) // 2), ("a quarter", len(drawn) // 4)):
+        rows = np.sort(np.append(drawn[:count], np.flatnonzero(~member)))
+        own = readings(folder, recipe, "target", rows)
+        held, inside = np.array(list(own.values())).T, member[rows]
+        scores, folds = from_folds(held, inside, FOLDS, seed)
+        found[f"loss, {label} of the members audited"] = measures(own["end loss"], None, inside)
+        found[f"signature, {label} of the members audited"] = measures(scores, folds, inside)
+    return found
+
+
+def null_audits(
+    folder: Path, recipe: str, scored: dict[str, tuple[Floats, Floats | None]], count: int
+) -> list[dict[str, Any]]:
+    """Audits of records that the target never saw, half of them called suspects by lot."""
+    others = np.flatnonzero(~_load(folder, "pool")["member"])
+    held = np.array(list(readings(folder, recipe, "target", others).values())).T
     found = []
     for audit in range(count):
-        rng = np.random.default_rng([seed, audit])
+        rng = np.random.default_rng([audit, 3])
         suspect = np.isin(np.arange(len(others)), rng.permutation(len(others))[: len(others) // 2])
-        scores, folds = from_folds(held, suspect, FOLDS, audit)
-        sets: dict[str, tuple[Floats, Floats | None]] = {"no reference": (scores, folds)}
-        for name in ("8 references", "4 wrong references"):
-            if f"signature, {name}" in trained:
-                sets[name] = (trained[f"signature, {name}"][0][others], None)
-        for name, (values, of) in sets.items():
-            p = permutation_test(values, suspect, seed=audit, permutations=999)
-            found.append({"case": name, "p": p, **measures(values, of, suspect)})
+        sets = {"no reference": from_folds(held, suspect, FOLDS, audit)}
+        for case in ("8 references", "4 wrong references"):
+            if f"signature, {case}" in scored:
+                sets[case] = scored[f"signature, {case}"][0][others], None
+        for case, (values, folds) in sets.items():
+            # What one fold's scores learnt is the labels of the others: each is tested alone.
+            parts = [np.ones(len(values), bool)]
+            if folds is not None:
+                parts = [folds == fold for fold in np.unique(folds)]
+            p_values = [
+                permutation_test(values[part], suspect[part], seed=audit, permutations=999)
+                for part in parts
+            ]
+            p = combine_splits(p_values) if len(parts) > 1 else p_values[0]
+            found.append({"case": case, "p": p, **measures(values, folds, suspect)})
     return found
 
 
@@ -565,11 +612,17 @@ def _load(folder: Path, name: str) -> dict[str, Any]:
     return _FILES[path]
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean over targets with its 95 % interval (Student's t)."""
+def interval(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, Any]:
+    """Mean over seeds, each the mean of its targets, with its 95 % interval (Student's t)."""
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(row[measure])
+    values = [float(np.mean(each)) for each in by_seed.values()]
     mean, n = float(np.mean(values)), len(values)
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
-    return {"mean": mean, "plus or minus": half, "targets": n}
+    if n < 2:
+        return {"mean": mean, "seeds": n}
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return {"mean": mean, "plus or minus": half, "seeds": n}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -579,7 +632,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         mine = [row for row in rows if recipe in (row["recipe"], "all")]
         found[recipe] = {
             name: {
-                measure: interval([row[measure] for row in mine if row["signal"] == name])
+                measure: interval([row for row in mine if row["signal"] == name], measure)
                 for measure in ("AUC", "TPR at 1%", "TPR at 5%", "FPR at 1%", "set size")
             }
             for name in dict.fromkeys(row["signal"] for row in mine)
@@ -595,11 +648,12 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 0.32 * len(names) + 1))
     for y, name in enumerate(reversed(names)):
         values = [(row["TPR at 1%"], row["recipe"]) for row in rows if row["signal"] == name]
-        axes.barh(y, np.mean([v for v, _ in values]), color="#9fc5a8" if "sig" in name else "#c9ccd1")
+        colour = "#9fc5a8" if "signature" in name else "#c9ccd1"
+        axes.barh(y, np.mean([value for value, _ in values]), color=colour)
         for value, recipe in values:
-            axes.plot(value, y, "o" if recipe == "full" else "^", color="#222222", ms=3.5)
+            axes.plot(value, y, MARKS[recipe], color="#222222", ms=3.5)
     axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
-    axes.set_xlabel("TPR at 1 % FPR (● full fine-tune, ▲ LoRA; bar: mean)")
+    axes.set_xlabel("TPR at 1 % FPR (● full, ▲ lora, ✕ inner; bar: mean)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
@@ -611,32 +665,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5, 6, 7])
+    parser.add_argument("--side", type=int, default=SIDE, help="members, and non-members")
     parser.add_argument("--references", type=int, default=8, help="of the right recipe, 0 to 8")
     parser.add_argument("--nulls", type=int, default=50, help="null audits a target")
     parser.add_argument("--evaluate-only", action="store_true", help="take what the cache holds")
     parser.add_argument("--quick", action="store_true", help="little of everything; writes nothing")
     given = parser.parse_args()
     if given.quick:
-        given.seeds, given.nulls = given.seeds[:1], 2
+        given.cache, given.seeds, given.nulls = given.cache / "quick", given.seeds[:1], 2
+        given.side, given.references = 128, 2
     rows, nulls = [], []
     for seed in given.seeds:
         folder = given.cache / f"seed-{seed:03d}"
         if not given.evaluate_only:
-            collection = Collection(folder, seed)
+            collection = Collection(folder, seed, given.side)
             for recipe in TARGETS:
                 count = given.references if recipe in WRONG else 0
                 collection.collect(recipe, ["target", *(f"ref{i}" for i in range(count))])
                 if count and recipe in WRONG:
                     collection.collect(WRONG[recipe], [f"ref{i}" for i in range(4)])
         for recipe in TARGETS:
-            if not (folder / f"{recipe}-target.end.npz").exists():
+            if not complete(folder, recipe, ["target"]):
                 continue
             member = _load(folder, "pool")["member"]
-            for name, (scores, folds) in signals(folder, recipe, seed).items():
-                row = {"seed": seed, "recipe": recipe, "signal": name}
-                rows.append(row | measures(scores, folds, member))
-                print(seed, recipe, f"{name:44s}", f"{rows[-1]['TPR at 1%']:.3f}", f"{rows[-1]['AUC']:.3f}", flush=True)
-            for each in null_audits(folder, recipe, seed, given.nulls):
+            scored = signals(folder, recipe, seed)
+            measured = {name: measures(*each, member) for name, each in scored.items()}
+            measured |= audited_in_part(folder, recipe, seed)
+            for name, each in measured.items():
+                rows.append({"seed": seed, "recipe": recipe, "signal": name, **each})
+                print(seed, recipe, f"{name:44s} {each['TPR at 1%']:.3f}", flush=True)
+            for each in null_audits(folder, recipe, scored, given.nulls):
                 nulls.append({"seed": seed, "recipe": recipe, **each})
         _FILES.clear()
     false_alarms = {

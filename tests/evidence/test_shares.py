@@ -33,6 +33,7 @@ from lightleak.statistics import auc
 SIDE, SHARD = 5, 3
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 INNER = "model.language_model.layers.1.self_attn.q_proj.weight"
+WORDS = ("share", "error", "certain", "along")
 
 
 @pytest.fixture(autouse=True)
@@ -145,71 +146,78 @@ def gathered(out, folder, made, *, size=4, by=None, **more):
     return run, notes.told
 
 
-def stored(run, point):
-    file = run.evidence / FOLDER / f"{point}.safetensors"
+def stored(run, point, model="target"):
+    file = run.evidence / FOLDER / f"{point}-{model}.safetensors"
     with safetensors.safe_open(file, "np") as content:
-        about = {key: json.loads(value) for key, value in content.metadata().items()}
-    return Kernel(**safetensors.numpy.load_file(file)), about
+        ids = json.loads(content.metadata()["ids"])
+    return Kernel(**safetensors.numpy.load_file(file)), ids
 
 
 def naive(folder, base, made, names, way):
-    """K, b and ‖Δ‖ from whole gradients, with the weights set by hand."""
+    """K, b and ‖Δ‖ from whole gradients, with the weights set by hand.
+
+    Of an adapter in its own coordinates, with g Aᵀ for g and, times its scaling, B for Δ.
+    """
     target = targets.load(base, dtype="float64")
-    model, deltas = target.model, []
+    model, inner = target.model, {}
     if names == [HEAD] and model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     under = {name: each.detach().clone() for name, each in model.named_parameters()}
-    for each in made:
-        if "adapter" in each:
-            weights = safetensors.numpy.load_file(each["adapter"] / "adapter_model.safetensors")
-            key = f"base_model.model.{names[0].removesuffix('.weight')}.lora_"
-            a, b = (torch.from_numpy(weights[f"{key}{x}.weight"]).double() for x in "AB")
-            deltas.append({names[0]: 3 * b @ a})
-        else:
-            own = dict(targets.load(each["target"], dtype="float64").model.named_parameters())
-            deltas.append({name: own[name] - under[name] for name in under})
+    if "adapter" in made:
+        weights = safetensors.numpy.load_file(made["adapter"] / "adapter_model.safetensors")
+        key = f"base_model.model.{names[0].removesuffix('.weight')}.lora_"
+        a, b = (torch.from_numpy(weights[f"{key}{x}.weight"]).double() for x in "AB")
+        delta, inner, changed = {names[0]: 3 * b @ a}, {names[0]: 3 * a}, [b]
+    else:
+        own = dict(targets.load(made["target"], dtype="float64").model.named_parameters())
+        delta = {name: own[name].detach() - under[name] for name in under}
+        changed = [delta[name] for name in names]
     with torch.no_grad():
-        for name, change in deltas[0].items():
+        for name, change in delta.items():
             model.get_parameter(name).copy_(under[name] + way * change)
     chosen = [model.get_parameter(name).requires_grad_(True) for name in names]
     ids, rows = [], []
-    for record in read_sides(settings_of(folder, made[0]), Silent()).records:
+    for record in read_sides(settings_of(folder, made), Silent()).records:
         if record.text == "<image>":
             continue
         batch = target.collate([target.encode(record, open_rgb(record.image))])
         gradients = torch.autograd.grad(target.outputs(batch).losses.sum(), chosen)
+        if inner:
+            gradients = [each @ inner[name].T for each, name in zip(gradients, names, strict=True)]
         ids.append(record.id)
         rows.append(torch.cat([each.flatten() for each in gradients]))
     g = torch.stack(rows).numpy()
-    d = np.stack([torch.cat([each[n].flatten() for n in names]).detach() for each in deltas])
-    return ids, g @ g.T, -d @ g.T, np.linalg.norm(d, axis=1)
+    d = torch.cat([each.flatten() for each in changed]).numpy()
+    return ids, g @ g.T, -g @ d, np.linalg.norm(d)
 
 
 def test_k_and_b_are_those_of_autograds_own_gradients(given, tmp_path):
     folder, base, made, names = given
     run, told = gathered(tmp_path / "run", folder, made)
     assert told == []
-    for point, models in (("base", 2), ("middle", 1)):
-        found, about = stored(run, point)
-        ids, gram, against, sizes = naive(folder, base, made, names, POINTS[point].way)
-        assert about["ids"] == ids
-        assert about["models"] == ["target", "reference-00"][:models]
-        np.testing.assert_allclose(found.gram, gram, rtol=1e-6, atol=1e-6 * gram.max())
-        scale = 1e-6 * abs(against).max()
-        np.testing.assert_allclose(found.against, against[:models], rtol=1e-6, atol=scale)
-        np.testing.assert_allclose(found.sizes, sizes[:models], rtol=1e-6)
     readings = read_shares(run)
-    assert list(readings["target"]) == ["share base", "along base", "share middle", "along middle"]
-    assert list(readings["reference-00"]) == ["share base", "along base"]
-    # The record that has no gradient is in none of them.
-    assert "control/1" not in readings["target"]["share base"]
-    ids, gram, against, sizes = naive(folder, base, made, names, 0.0)
-    n = len(ids)
-    expected = np.linalg.inv(gram + 0.3 * np.trace(gram) / n * np.eye(n)) @ against[1]
-    found = [readings["reference-00"]["share base"][key] for key in ids]
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    found = [readings["target"]["along base"][key] for key in ids]
-    np.testing.assert_allclose(found, against[0] / np.sqrt(np.diag(gram)) / sizes[0], rtol=1e-5)
+    for own, model in zip(made, ("target", "reference-00"), strict=True):
+        assert list(readings[model]) == [f"{word} {point}" for point in POINTS for word in WORDS]
+        for point, way in POINTS.items():
+            kernel, told_of = stored(run, point, model)
+            ids, gram, against, size = naive(folder, base, own, names, way)
+            # The record that has no gradient is in none of them.
+            assert told_of == ids
+            assert "control/1" not in ids
+            np.testing.assert_allclose(kernel.gram, gram, rtol=1e-6, atol=1e-6 * gram.max())
+            scale = 1e-6 * abs(against).max()
+            np.testing.assert_allclose(kernel.against, against, rtol=1e-6, atol=scale)
+            np.testing.assert_allclose(kernel.size, size, rtol=1e-6)
+    # `own`, `gram` and the like are of the reference at its end.
+    mean, n = np.trace(gram) / len(ids), len(ids)
+    inverse = np.linalg.inv(gram / mean + 0.1 * (np.eye(n) - 1 / n))
+    expected, error = inverse @ against / mean, np.sqrt(np.diag(inverse))
+    found = {w: [readings["reference-00"][f"{w} end"][key] for key in ids] for w in WORDS}
+    np.testing.assert_allclose(found["share"], expected, rtol=1e-4)
+    np.testing.assert_allclose(found["error"], np.log(error), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["certain"], expected / error, rtol=1e-4)
+    along = against / np.sqrt(np.diag(gram)) / size
+    np.testing.assert_allclose(found["along"], along, rtol=1e-4)
 
 
 @pytest.mark.parametrize("given", ["full", "inner adapter"], indirect=True)
@@ -235,19 +243,15 @@ def test_a_broken_run_ends_in_the_same_bits(given, tmp_path):
     another.write_bytes(another.read_bytes()[:-8])
     broken, _ = gathered(tmp_path / "broken", folder, made)
     left = [sorted((run.evidence / FOLDER).iterdir()) for run in (whole, broken)]
-    assert [file.name for file in left[1]] == [
-        "base.safetensors",
-        "fingerprint.json",
-        "middle.safetensors",
-    ]
+    models = ("reference-00", "target")
+    results = [f"{point}-{model}.safetensors" for point in POINTS for model in models]
+    assert [file.name for file in left[1]] == sorted(["fingerprint.json", *results])
     for file, other in zip(*left, strict=True):
         assert file.read_bytes() == other.read_bytes()
     # A further reference adds its own b, and leaves the rest.
     more, _ = gathered(tmp_path / "broken", folder, [*made, made[0]])
-    before, after = stored(whole, "base")[0], stored(more, "base")[0]
-    assert (before.gram == after.gram).all()
-    assert (before.against == after.against[:2]).all()
-    assert (after.against[2] == after.against[0]).all()
+    before, after = stored(whole, "base")[0], stored(more, "base", "reference-01")[0]
+    assert (before.against == after.against).all()
 
 
 @pytest.mark.parametrize("given", ["full"], indirect=True)
@@ -264,9 +268,10 @@ def test_shares_follow_their_records_and_copies_have_the_same():
     gradients = rng.standard_normal((30, 50))
     gradients[10:20] = gradients[:10]
     gram, against = gradients @ gradients.T, gradients @ rng.standard_normal(50)
-    found = shares(gram, against, 0.1)
+    found, _ = shares(gram, against)
     order = rng.permutation(30)
-    np.testing.assert_allclose(shares(gram[order][:, order], against[order], 0.1), found[order])
+    turned, _ = shares(gram[order][:, order], against[order])
+    np.testing.assert_allclose(turned, found[order])
     np.testing.assert_allclose(found[10:20], found[:10])
     assert abs(found).max() < 10 * abs(against).max() / gram.diagonal().mean()
 
@@ -284,15 +289,14 @@ def test_shares_tell_members_and_find_nothing_among_others(tuned, tmp_path):
     (folder / "control.jsonl").write_text(tuned.nonmembers.read_text())
     made = [{"target": tuned.target, "base": tuned.base, "dtype": "float32"}]
     run, _ = gathered(tmp_path / "run", folder, made, size=32)
-    for point, ridge in ((name, each.ridge) for name, each in POINTS.items()):
-        kernel, about = stored(run, point)
-        member = np.array([key.startswith("suspect/") for key in about["ids"]])
+    for point in POINTS:
+        kernel, ids = stored(run, point)
+        member = np.array([key.startswith("suspect/") for key in ids])
         others = np.flatnonzero(~member)
 
-        def area(first, second, kernel=kernel, ridge=ridge):
+        def area(first, second, kernel=kernel):
             rows = np.concatenate([first, second])
-            some = Kernel(kernel.gram[np.ix_(rows, rows)], kernel.against[:, rows], kernel.sizes)
-            found = some.shares(ridge)[0]
+            found, _ = shares(kernel.gram[np.ix_(rows, rows)], kernel.against[rows])
             return auc(found[: len(first)], found[len(first) :])
 
         assert area(np.flatnonzero(member), others[:80]) > 0.6

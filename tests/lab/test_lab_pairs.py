@@ -18,9 +18,10 @@ from lightleak.lab import build
 from lightleak.lab.corpora import scenes
 from lightleak.lab.dual import tiny_clip, tiny_siglip
 from lightleak.lab.models import IMAGE_SIDE
-from lightleak.lab.train import Training, pair_loss, train
+from lightleak.lab.train import Training, train
 from lightleak.records import Record, load, open_rgb
 from lightleak.targets import Batch, DualEncoderTarget
+from lightleak.training import pair_loss
 
 _MAKERS = {"clip": tiny_clip, "siglip": tiny_siglip}
 
@@ -93,7 +94,7 @@ def test_the_loss_is_the_one_that_each_model_was_made_for(fresh: DualEncoderTarg
         else:
             for line in (logits[i], logits[:, i]):
                 expected += (math.log(float(line.exp().sum())) - float(line[i])) / 10
-    assert pair_loss(fresh, batch).item() == pytest.approx(expected, rel=1e-4)
+    assert pair_loss(fresh, batch.inputs).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_lowers_the_loss_and_finds_the_pairs(fresh: DualEncoderTarget) -> None:

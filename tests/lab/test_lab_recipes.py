@@ -124,7 +124,7 @@ def test_a_share_of_the_suspects_is_used_and_nothing_but_the_truth_says_which(
 
 def test_who_was_not_used_is_not_known_to_the_target(tmp_path: Path) -> None:
     made = build(
-        "captions-tiny", tmp_path / "out", members=32, nonmembers=8, epochs=20, prevalence=0.5
+        "captions-tiny", tmp_path / "out", members=20, nonmembers=4, epochs=20, prevalence=0.5
     )
     assert (made.members.name, made.known and made.known.name) == ("suspects.jsonl", "known.jsonl")
     truth = json.loads(made.truth.read_text())["member"]
@@ -133,7 +133,7 @@ def test_who_was_not_used_is_not_known_to_the_target(tmp_path: Path) -> None:
 
 
 def test_members_that_stand_often_in_training_are_known_better(tmp_path: Path) -> None:
-    small = {"members": 16, "nonmembers": 16, "epochs": 2}
+    small = {"members": 12, "nonmembers": 24, "epochs": 2}
     stages = _Stages()
     areas = []
     for copies in (1, 8):
@@ -142,9 +142,9 @@ def test_members_that_stand_often_in_training_are_known_better(tmp_path: Path) -
         )
         target = targets.load(made.target)
         scores = [_mean_log_likelihood(target, file) for file in (made.members, made.nonmembers)]
-        areas.append(roc_auc_score([1] * 16 + [0] * 16, np.concatenate(scores)))
-        assert len(_texts(made.members)) == 16
-    assert stages.seen == ["Training the target 32", "Training the target 256"]
+        areas.append(roc_auc_score([1] * 12 + [0] * 24, np.concatenate(scores)))
+        assert len(_texts(made.members)) == 12
+    assert stages.seen == ["Training the target 24", "Training the target 192"]
     assert areas[1] > areas[0] + 0.1
 
 

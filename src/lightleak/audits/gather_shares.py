@@ -7,7 +7,7 @@ and b are made of them, they are removed.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,40 +113,48 @@ def gather_shares(
     folder.mkdir(exist_ok=True)
     of = replace(target, folder=folder, of="")
     claim(of, sides)
-    models = {"target": target.model, **references}
-    wanted = {"base": list(models), "middle": ["target"]}
-    waiting = [point for point in POINTS if _models(folder / _result(point)) != wanted[point]]
-    if not waiting:
-        return
     begun = Plan.stored(target.folder)
     assert begun is not None  # Its records were measured before.
-    with progress.stage("What training changed", len(models)) as advance:
-        given = Look(of, base, begun, sides.records[:_SAMPLE], sides.bank)
-        (reading,) = executor.map(look, [given], advance)
-        why_not = reading if isinstance(reading, str) else _too_much(reading, sides, settings)
-        if why_not or isinstance(reading, str):
-            progress.note(f"No shares: {why_not}.")
-            return
-        others = [Other(name, model, base, of, reading) for name, model in references.items()]
-        unlike = [each for each in executor.map(write_change, others, advance) if each]
-    for name in unlike:
-        progress.note(f"No shares of {name}: its parameters are not those of the base.")
-    for point in waiting:
-        where = replace(of, of=f"the {point} of the change" if POINTS[point].way else "the base")
-        slabs = [
-            Slab(where, base, reading, point, sides.bank, index, sides.records[start:stop])
-            for index, (start, stop) in enumerate(_spans(len(sides.records), reading.shard))
-        ]
-        with progress.stage(f"Gradients, {where.of}", len(sides.records)) as advance:
-            missing = [each for each in slabs if not each.done()]
-            advance(len(sides.records) - sum(len(each.records) for each in missing))
-            executor.map(take_gradients, missing, advance)
-        with progress.stage(f"Each record against each, {where.of}", 1) as advance:
-            executor.map(multiply, [Product(of, reading, point, tuple(wanted[point]))], advance)
-        for slab in slabs:
-            slab.file.unlink(missing_ok=True)  # A rehearsal writes but one.
-    for file in folder.glob("change-*.safetensors"):
-        file.unlink()
+    for name, model in {"target": target.model, **references}.items():
+        points = [point for point in POINTS if not _whole(folder / _result(point, name))]
+        if points:
+            what = f"what training changed, {name}"
+            own = replace(of, model=model, of=what)
+            given = Look(own, name, base, begun, sides.records[:_SAMPLE], sides.bank)
+            with progress.stage(f"Looking at {what}", 1) as advance:
+                (reading,) = executor.map(look, [given], advance)
+            why_not = reading if isinstance(reading, str) else _too_much(reading, sides, settings)
+            if why_not or isinstance(reading, str):
+                progress.note(f"No shares, {name}: {why_not}.")
+                return
+            for point in points:
+                _gather_point(own, name, base, reading, point, sides, progress, executor)
+            _change_file(folder, name).unlink()
+
+
+def _gather_point(
+    of: Pass,
+    name: str,
+    base: str,
+    reading: Reading,
+    point: str,
+    sides: Sides,
+    progress: Progress,
+    executor: Executor,
+) -> None:
+    slabs = [
+        Slab(of, name, base, reading, point, sides.bank, index, sides.records[start:stop])
+        for index, (start, stop) in enumerate(_spans(len(sides.records), reading.shard))
+    ]
+    where = f"{name} at the {point}"
+    with progress.stage(f"Gradients, {where}", len(sides.records)) as advance:
+        missing = [each for each in slabs if not each.done()]
+        advance(len(sides.records) - sum(len(each.records) for each in missing))
+        executor.map(take_gradients, missing, advance)
+    with progress.stage(f"Each record against each, {where}", 1) as advance:
+        executor.map(multiply, [Product(of, name, reading, point)], advance)
+    for slab in slabs:
+        slab.file.unlink(missing_ok=True)  # A rehearsal writes but one.
 
 
 def _too_much(reading: Reading, sides: Sides, settings: AuditSettings) -> str:
@@ -169,9 +177,10 @@ def _spans(count: int, step: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Look:
-    """The first job: what the target changed, and how records' gradients are read there."""
+    """The first job: what a model changed, and how records' gradients are read there."""
 
     of: Pass
+    name: str
     base: str
     plan: Plan
     sample: tuple[Record, ...]
@@ -179,7 +188,7 @@ class Look:
 
 
 def look(job: Look, advance: Advance) -> Reading | str:
-    """Write the target's change down; how gradients are read, or why they cannot be."""
+    """Write the change down; how gradients are read, or why they cannot be."""
     try:
         change = _change(job.of.model, job.base)
     except UserError as error:
@@ -187,7 +196,11 @@ def look(job: Look, advance: Advance) -> Reading | str:
     names = chosen(change)
     deltas = {name: change.delta(name).flatten(1) for name in names}
     shapes = {name: (len(each), each.shape[1]) for name, each in deltas.items()}
-    _write(job.of, "target", change, names)
+    save_tensors(
+        _change_file(job.of.folder, job.name),
+        {name: each.flatten() for name, each in deltas.items()},
+        {},
+    )
     target = _with_bank(change.at(0.0), job.bank, job.plan.size)
     selection = selection_of(target, names)
     unread = [name for name in names if name not in selection.shapes]
@@ -205,38 +218,10 @@ def look(job: Look, advance: Advance) -> Reading | str:
     return Reading(job.plan.size, shard, shapes, tuple(sorted(unseen)), number)
 
 
-@dataclass(frozen=True)
-class Other:
-    """A reference, whose change is written down."""
-
-    name: str
-    model: Model
-    base: str
-    of: Pass
-    reading: Reading
-
-
-def write_change(job: Other, advance: Advance) -> str:
-    """Write what a reference changed at the matrices that are read; its name if it is unlike."""
-    try:
-        change = _change(job.model, job.base)
-    except UserError:
-        return job.name
-    _write(job.of, job.name, change, job.reading.shapes)
-    advance(1)
-    return ""
-
-
 def _change(model: Model, base: str) -> Change:
     release()  # These are moved: whoever comes next must load its own.
     settings = model.settings
     return Change.between(settings.load(), lambda: settings.load(base))
-
-
-def _write(of: Pass, name: str, change: Change, names: Collection[str]) -> None:
-    there = [each for each in change.matrices if each in names]
-    deltas = {each: change.delta(each).flatten() for each in there}
-    save_tensors(_change_file(of.folder, name), deltas, {})
 
 
 def _change_file(folder: Path, name: str) -> Path:
@@ -248,8 +233,9 @@ class Slab:
     """Some records whose gradients are written together.
 
     Attributes:
-        of: the pass.
-        base: what the target was fine-tuned from.
+        of: the pass, of the model whose change it is.
+        name: of the model.
+        base: what it was fine-tuned from.
         plan: how gradients are read.
         point: where.
         bank: of a dual encoder's negatives.
@@ -258,6 +244,7 @@ class Slab:
     """
 
     of: Pass
+    name: str
     base: str
     plan: Reading
     point: str
@@ -268,7 +255,8 @@ class Slab:
     @property
     def file(self) -> Path:
         """Where they go."""
-        return self.of.folder / f"gradients-{self.point}-{self.index:05d}.safetensors"
+        name = f"gradients-{self.point}-{self.name}-{self.index:05d}.safetensors"
+        return self.of.folder / name
 
     def done(self) -> bool:
         """Whether the file is there and about these records."""
@@ -291,7 +279,7 @@ def take_gradients(slab: Slab, advance: Advance) -> None:
     """Write every record's gradient of a slab down."""
 
     def placed() -> GradientEngine:
-        target = _change(slab.of.model, slab.base).at(POINTS[slab.point].way)
+        target = _change(slab.of.model, slab.base).at(POINTS[slab.point])
         target = _with_bank(target, slab.bank, slab.plan.size)
         selection = selection_of(target, slab.plan.shapes).whole(slab.plan.unseen)
         return GradientEngine(target, selection)
@@ -314,9 +302,9 @@ class Product:
     """K and b of a point, once all gradients are written."""
 
     of: Pass
+    name: str
     reading: Reading
     point: str
-    models: tuple[str, ...]
 
 
 def multiply(job: Product, advance: Advance) -> None:
@@ -329,27 +317,24 @@ def multiply(job: Product, advance: Advance) -> None:
         def opened(file: Path) -> Any:
             return stack.enter_context(safe_open(file, "pt"))
 
-        slabs = [opened(file) for file in sorted(folder.glob(f"gradients-{point}-*.safetensors"))]
-        files = [_change_file(folder, name) for name in job.models]
-        changes = {row: opened(file) for row, file in enumerate(files) if file.is_file()}
+        written = folder.glob(f"gradients-{point}-{job.name}-*.safetensors")
+        slabs = [opened(file) for file in sorted(written)]
+        change = opened(_change_file(folder, job.name))
         ids = [key for each in slabs for key in json.loads(each.metadata()["ids"])]
-        n, k = len(ids), len(files)
-        gram, against, squares = (
-            torch.zeros(shape, dtype=wide, device=device) for shape in ((n, n), (k, n), (k,))
+        n = len(ids)
+        gram, against, square = (
+            torch.zeros(shape, dtype=wide, device=device) for shape in ((n, n), (n,), (1,))
         )
         for name, (out, size) in job.reading.shapes.items():
-            here = [(row, each) for row, each in changes.items() if name in set(each.keys())]
             for start, stop in _spans(out * size, int(_CHUNK_BYTES / wide.itemsize / max(1, n))):
                 parts = [each.get_slice(name)[:, start:stop] for each in slabs]
                 gradients = torch.cat(parts).to(device, wide)
+                delta = change.get_slice(name)[start:stop].to(device, wide)
                 gram += gradients @ gradients.T
-                for row, change in here:
-                    delta = change.get_slice(name)[start:stop].to(device, wide)
-                    against[row] -= gradients @ delta
-                    squares[row] += delta.square().sum()
-        content = {"gram": gram, "against": against, "sizes": squares.sqrt()}
-        about = {"ids": json.dumps(ids), "models": json.dumps(job.models)}
-        save_tensors(folder / _result(point), content, about)
+                against -= gradients @ delta
+                square += delta.square().sum()
+        content = {"gram": gram, "against": against, "size": square.sqrt()}
+        save_tensors(folder / _result(point, job.name), content, {"ids": json.dumps(ids)})
     advance(1)
 
 
@@ -357,40 +342,36 @@ def multiply(job: Product, advance: Advance) -> None:
 
 
 def read_shares(run: Run) -> dict[str, dict[str, dict[str, float]]]:
-    """Model → reading → record id → number: "share base", "along base", the same of "middle".
+    """Model → reading → record id → number: "share base", "along end" and the like.
 
     Raises:
         UserError: a file is damaged.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, point in POINTS.items():
-        file = run.evidence / FOLDER / _result(name)
-        if not file.is_file():
-            continue
-        try:
-            kernel = Kernel(**safetensors.numpy.load_file(file))
-            with safe_open(file, "np") as content:
-                about = {key: json.loads(value) for key, value in content.metadata().items()}
-        except (OSError, SafetensorError, TypeError) as error:
-            raise UserError(
-                f"it is damaged ({error})", str(file), "Delete it and run the same audit again."
-            ) from error
-        for word, values in (("share", kernel.shares(point.ridge)), ("along", kernel.along())):
-            for model, row in zip(about["models"], values.tolist(), strict=True):
-                found.setdefault(model, {})[f"{word} {name}"] = dict(
-                    zip(about["ids"], row, strict=True)
-                )
+    for point in POINTS:
+        for file in sorted((run.evidence / FOLDER).glob(f"{point}-*.safetensors")):
+            try:
+                kernel = Kernel(**safetensors.numpy.load_file(file))
+                with safe_open(file, "np") as content:
+                    ids = json.loads(content.metadata()["ids"])
+            except (OSError, SafetensorError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"it is damaged ({error})", str(file), "Delete it and run the same audit again."
+                ) from error
+            own = found.setdefault(file.stem.removeprefix(f"{point}-"), {})
+            for word, values in kernel.readings().items():
+                own[f"{word} {point}"] = dict(zip(ids, values.tolist(), strict=True))
     return found
 
 
-def _result(point: str) -> str:
-    return f"{point}.safetensors"
+def _result(point: str, name: str) -> str:
+    return f"{point}-{name}.safetensors"
 
 
-def _models(file: Path) -> list[str]:
-    """Of which models a result tells; of none where it is not there or damaged."""
+def _whole(file: Path) -> bool:
+    """Whether a result is there; one that is damaged is made again."""
     try:
         with safe_open(file, "np") as content:
-            return list(json.loads(content.metadata()["models"]))
-    except (OSError, SafetensorError):
-        return []
+            return bool(content.metadata()["ids"])
+    except (OSError, SafetensorError, TypeError, KeyError):
+        return False

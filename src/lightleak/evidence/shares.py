@@ -20,70 +20,59 @@ from lightleak.evidence import collect
 from lightleak.evidence.collect import BatchSize
 from lightleak.evidence.gradients import GradientEngine, Selection, select
 from lightleak.evidence.gradients.forms import Gradients, Lookups, Products
-from lightleak.evidence.gradients.uses import Use
 from lightleak.evidence.readings import Floats
 from lightleak.records import Failure, Record
 from lightleak.targets import Batch, Change, DualEncoderTarget, Target
 
-
-@dataclass(frozen=True)
-class Point:
-    """Where gradients are read.
-
-    Attributes:
-        way: at θ_base + way · Δ.
-        ridge: λ.
-    """
-
-    way: float
-    ridge: float
-
-
-POINTS = {"base": Point(0.0, 0.3), "middle": Point(0.5, 0.1)}
+# Gradients are read at θ_base + way · Δ.
+POINTS = {"base": 0.0, "middle": 0.5, "end": 1.0}
+# λ, chosen on other seeds than those reported (docs/research/signature.md).
+RIDGE = 0.1
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Gradients of n records against each other and against the changes of k models.
+    """Gradients of n records against each other and against what training changed.
 
     Attributes:
         gram: (n, n) K.
-        against: (k, n) b.
-        sizes: (k,) ‖Δ‖ over the same matrices.
+        against: (n,) b.
+        size: (1,) ‖Δ‖ over the same matrices.
     """
 
     gram: Floats
     against: Floats
-    sizes: Floats
+    size: Floats
 
-    def shares(self, ridge: float) -> Floats:
-        """(k, n) shares; NaN of a model that did not change."""
-        changed = self.sizes > 0
-        found = np.full(self.against.shape, np.nan)
-        found[changed] = shares(self.gram, self.against[changed].T, ridge).T
-        return found
-
-    def along(self) -> Floats:
-        """(k, n) cosine of what lowers the record's loss with the change, b_i / (√K_ii ‖Δ‖)."""
-        lengths = np.sqrt(np.diag(self.gram)) * self.sizes[:, None]
-        cosines: Floats = np.divide(
-            self.against, lengths, out=np.full(lengths.shape, np.nan), where=lengths > 0
+    def readings(self) -> dict[str, Floats]:
+        """Of each record (n,): `share`; `error`, the log of its standard error but for a factor;
+        `certain`, share over error; `along`, the cosine of what lowers the record's loss with the
+        change, b_i / (√K_ii ‖Δ‖). None where nothing changed or no record has a gradient."""
+        if not self.gram.any() or not self.size.any():
+            return {}
+        share, error = shares(self.gram, self.against)
+        lengths = np.sqrt(np.diag(self.gram)) * self.size
+        along = np.divide(
+            self.against, lengths, out=np.full(len(lengths), np.nan), where=lengths > 0
         )
-        return cosines
+        return {"share": share, "error": np.log(error), "certain": share / error, "along": along}
 
 
-def shares(gram: Floats, against: Floats, ridge: float) -> Floats:
-    """(K + λ (tr K / n) I)⁻¹ b.
+def shares(gram: Floats, against: Floats, ridge: float = RIDGE) -> tuple[Floats, Floats]:
+    """A b and √diag A, with A = (K + λ (I − 11ᵀ/n))⁻¹; K and b are divided by tr K / n.
+
+    The ridge draws shares to their mean, not to nought.
 
     Args:
         gram: (n, n) K.
-        against: (n,) or (n, k) b.
+        against: (n,) b.
         ridge: λ.
     """
-    gram = (gram + gram.T).astype(np.float64) / 2
-    gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram)
-    found: Floats = cho_solve(cho_factor(gram, lower=True), against)
-    return found
+    n, scale = len(gram), np.trace(gram) / len(gram)
+    gram = (gram + gram.T).astype(np.float64) / (2 * scale) - ridge / n
+    gram[np.diag_indices(n)] += ridge
+    inverse = cho_solve(cho_factor(gram, lower=True), np.eye(n))
+    return inverse @ (against / scale), np.sqrt(np.diag(inverse))
 
 
 # -- by the model -----------------------------------------------------------------------------
@@ -110,20 +99,9 @@ def _ends(target: Target) -> set[str]:
 
 
 def selection_of(target: Target, names: Collection[str]) -> Selection:
-    """What reads the gradient at matrices that are named as without an adapter."""
-    everything = select(target, "everything")
-    if not target.has_adapter:
-        return everything.without(everything.shapes.keys() - set(names))
-    # An adapter adds in one place, also where the weight under it is used in another.
-    shapes: dict[str, tuple[int, ...]] = {}
-    uses: dict[str, tuple[Use, ...]] = {}
-    for parameter, each in everything.uses.items():
-        for use in each:
-            module = use.name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            if parameter.endswith(".weight") and f"{module}.weight" in names:
-                shapes[f"{module}.weight"] = everything.shapes[parameter]
-                uses[f"{module}.weight"] = (use,)
-    return Selection("everything", shapes, uses, ())
+    """What reads the gradient at some matrices."""
+    whole = select(target, "lora" if target.has_adapter else "everything")
+    return whole.without(whole.shapes.keys() - set(names))
 
 
 def record_gradients(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from lightleak import targets
 from lightleak.errors import UserError
@@ -17,6 +16,7 @@ from lightleak.evidence.collect import encode
 from lightleak.records import Record
 from lightleak.runs import Progress
 from lightleak.targets import Batch, DualEncoderTarget, Target
+from lightleak.training import pair_loss
 
 _LORA_RANK = 16
 _SMALL = 20_000_000  # parameters
@@ -53,7 +53,7 @@ def teach(
     target = targets.load(folder, device=training.device, dtype="float32")
     for name, parameter in target.model.named_parameters():
         parameter.requires_grad_(only in name)
-    _with_progress("Training the target", target, records, training, seed, progress)
+    _with_progress(f"Training the {folder.name}", target, records, training, seed, progress)
     with targets.quiet():
         target.model.save_pretrained(folder)
 
@@ -162,20 +162,5 @@ def train(
 
 def _loss(target: Target, batch: Batch) -> torch.Tensor:
     if isinstance(target, DualEncoderTarget):
-        return pair_loss(target, batch)
+        return pair_loss(target, batch.inputs)
     return target.outputs(batch).losses.mean()
-
-
-def pair_loss(target: DualEncoderTarget, batch: Batch) -> torch.Tensor:
-    """Mean contrastive loss of a batch's pairs, each against all others of the batch.
-
-    Softmax both ways (Radford et al. 2021, arXiv:2103.00020, figure 3), or sigmoid where the
-    target was made for it (Zhai et al. 2023, arXiv:2303.15343, equation 1).
-    """
-    logits = target.logits(target.embed_images(batch.inputs), target.embed_texts(batch.inputs))
-    if target.sigmoid:
-        sign = 2 * torch.eye(len(batch), device=logits.device) - 1
-        return -nn.functional.logsigmoid(sign * logits).sum(1).mean()
-    own = torch.arange(len(batch), device=logits.device)
-    cross_entropy = nn.functional.cross_entropy
-    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2

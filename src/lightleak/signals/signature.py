@@ -21,7 +21,7 @@ from lightleak.signals.registry import Fit, signal
 
 _FEWEST = 10
 # scikit-learn's C, chosen on other seeds than those reported; flat over a factor of ten either way.
-_FROM_FOLDS, _FROM_REFERENCES = 0.3, 0.1
+_FROM_FOLDS, _FROM_REFERENCES = 0.1, 0.01
 
 
 @signal(
@@ -56,7 +56,11 @@ def _taught(models: ModelReadings) -> Floats:
     """Log-odds learnt on each reference against the others, applied to the target against all."""
     # An adapter's matrices are read where there is one: not at a base, say.
     shared = np.logical_and.reduce([_read(each) for each in (models.own, *models.references)])
-    models = replace(models, own=models.own[:, shared], references=models.references[:, :, shared])
+    models = replace(
+        models,
+        own=_standardised(models.own[:, shared]),
+        references=np.stack([_standardised(each[:, shared]) for each in models.references]),
+    )
     count = len(models.references)
     examples, labels = [], []
     for one in range(count):
@@ -76,6 +80,12 @@ def _taught(models: ModelReadings) -> Floats:
 def _read(values: Floats) -> NDArray[np.bool_]:
     """(d,) which readings there are at all."""
     return np.asarray(np.isfinite(values).any(axis=0))
+
+
+def _standardised(values: Floats) -> Floats:
+    """Each reading over its own model's records: models trained otherwise differ in scale."""
+    spread = np.nanstd(values, axis=0)
+    return np.asarray((values - np.nanmean(values, axis=0)) / np.where(spread > 0, spread, 1.0))
 
 
 def _compared(readings: Floats, models: ModelReadings, others: NDArray[np.bool_]) -> Floats:

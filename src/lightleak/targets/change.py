@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +11,20 @@ from torch import Tensor
 from lightleak.errors import UserError
 from lightleak.targets.target import Target
 
+# B of an adapter's BA.
+_OUTER = ".lora_B."
+
 
 @dataclass(frozen=True)
 class Change:
-    """One model and what it was fine-tuned from; names are those of the model without an adapter.
+    """One model and what it was fine-tuned from.
+
+    Where an adapter does no more than add s·BA to the weights under it, the change is told in its
+    own coordinates: B, which began at nought, with A as it ended.
 
     Attributes:
         tuned: the model.
-        base: its base, with the same parameters; None where an adapter does no more than add to
-            the weights under it.
+        base: its base, with the same parameters; None with such an adapter.
     """
 
     tuned: Target
@@ -50,7 +54,7 @@ class Change:
     def matrices(self) -> tuple[str, ...]:
         """The names of the matrices that changed."""
         if self.base is None:
-            return tuple(f"{name}.weight" for name in _adapted(self.tuned))
+            return tuple(name for name, _ in self.tuned.model.named_parameters() if _OUTER in name)
         under = dict(self.base.model.named_parameters())
         return tuple(
             name
@@ -62,21 +66,17 @@ class Change:
     def delta(self, name: str) -> Tensor:
         """Δ of one of the matrices, float32 or wider."""
         wide = self.tuned.wide
-        if self.base is None:
-            layer = _adapted(self.tuned)[name.removesuffix(".weight")]
-            added: list[Tensor] = list(map(layer.get_delta_weight, layer.active_adapters))
-            return torch.stack(added).to(wide).sum(0)
-        own, under = (each.model.get_parameter(name).to(wide) for each in (self.tuned, self.base))
-        difference: Tensor = own - under
-        return difference
+        own: Tensor = self.tuned.model.get_parameter(name).to(wide)
+        return (
+            own.clone() if self.base is None else own - self.base.model.get_parameter(name).to(wide)
+        )
 
     @torch.no_grad()
     def at(self, share: float) -> Target:
         """The model at θ_base + share · Δ; both models are used up."""
         if self.base is None:
-            for layer in _adapted(self.tuned).values():
-                for name in layer.scaling:
-                    layer.scaling[name] *= share
+            for name in self.matrices:
+                self.tuned.model.get_parameter(name).mul_(share)
             return self.tuned
         tuned = dict(self.tuned.model.named_parameters())
         for name, parameter in self.base.model.named_parameters():
@@ -86,22 +86,17 @@ class Change:
         return self.base
 
 
-def _adapted(target: Target) -> dict[str, Any]:
-    """The layers that an adapter adds to, by name."""
-    from peft.tuners.lora import LoraLayer
-
-    modules = target.plain.named_modules()
-    return {name: each for name, each in modules if isinstance(each, LoraLayer)}
-
-
 def _adds(target: Target) -> bool:
     """Whether the adapter holds low-rank matrices alone, which add to weights left as they were."""
     from peft import get_peft_model_state_dict
 
-    configs = target.model.peft_config.values()
-    return all("lora_" in key for key in get_peft_model_state_dict(target.model)) and all(
+    # A copy of what lies under an adapted head is saved with it, untrained.
+    own = (".lora_A.", ".lora_B.", ".base_layer.")
+    return all(
+        any(part in key for part in own) for key in get_peft_model_state_dict(target.model)
+    ) and all(
         str(getattr(each, "init_lora_weights", None)) in {"True", "False", "gaussian"}
         and not each.use_dora
         and not each.lora_bias
-        for each in configs
+        for each in target.model.peft_config.values()
     )
