@@ -654,6 +654,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
             axes.plot(value, y, MARKS[recipe], color="#222222", ms=3.5)
     axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
     axes.set_xlabel("TPR at 1 % FPR (● full, ▲ lora, ✕ inner; bar: mean)")
+    axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@
 An audit with gradients is started, and at random moments of its expensive half one process is ended
 by SIGKILL: the driver, a worker process, a Ray actor, the driver of a Ray run. The same command is
 then given again. Told of every run: whether its evidence and scores equal, bit by bit, those of an
-unbroken run in one process; records missing or doubled; and finished parts that were made again.
-Writes benchmarks/results/survival.json.
+unbroken run in one process; records missing or doubled; and finished parts that were made again. A
+run gives up on a job whose process was killed three times; then, too, the command is given again.
+Each victim replaces its own row of benchmarks/results/survival.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from lightleak import lab
-from lightleak.runs import write_json
+from lightleak.runs import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "survival.json"
 LOCAL = ("--workers", "2")
@@ -47,8 +48,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5, help="of each victim")
     parser.add_argument("--records", type=int, default=320, help="on each side")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     given = parser.parse_args()
-    rows = []
+    before = read_json(RESULTS)["rows"] if RESULTS.is_file() else []
+    rows = {row["victim"]: row for row in before}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         n = given.records
@@ -58,13 +61,14 @@ def main() -> None:
             *("--suspect", made.members, "--control", made.nonmembers),
         ]
         finish(options, work / "unbroken", ())
-        for victim in VICTIMS:
+        for victim in given.victims:
             chance = random.Random(f"{given.seed} {victim}")
             row = survive(options, work / victim, victim, given.kills, chance)
-            rows.append(row | compare(work / "unbroken", work / victim))
-            print(rows[-1], flush=True)
+            records = {"records": 2 * n}
+            rows[victim] = row | records | compare(work / "unbroken", work / victim)
+            print(rows[victim], flush=True)
     machine = {"processor": platform.machine(), "cores": os.cpu_count()}
-    write_json(RESULTS, {"machine": machine, "records": 2 * given.records, "rows": rows})
+    write_json(RESULTS, {"machine": machine, "rows": list(rows.values())})
 
 
 def survive(
@@ -79,7 +83,13 @@ def survive(
     driver = start(options, out, how)
     seen: dict[Path, tuple[int, int]] = {}
     remade = 0
-    for _ in range(kills):
+    killed = given_up = 0
+    while killed < kills:
+        if driver.poll() is not None:
+            if driver.returncode == 0:
+                raise RuntimeError(f"the run ended before it could be killed: {out}")
+            given_up += 1  # One job's process was killed three times: it says so, and goes on anew.
+            driver = start(options, out, how)
         wait_for_more(out, driver, chance.randint(1, 4))
         time.sleep(chance.random())
         before = finished(out)
@@ -92,13 +102,18 @@ def survive(
             os.killpg(driver.pid, signal.SIGCONT)
             driver.wait()
             driver = start(options, out, how)
+        elif found := processes(driver, whom):
+            chance.choice(found).kill()
         else:
-            chance.choice(processes(driver.pid, whom)).kill()
+            continue
+        killed += 1
     if driver.wait() != 0:
-        raise RuntimeError(f"the run did not end well: {out}")
+        given_up += 1
+        finish(options, out, how)
     after = finished(out)
     remade += sum(after.get(file) != mark for file, mark in seen.items())
-    return {"victim": victim, "kills": kills, "finished_parts_made_again": remade}
+    row = {"victim": victim, "kills": kills, "given_up_and_begun_anew": given_up}
+    return row | {"finished_parts_made_again": remade}
 
 
 def compare(unbroken: Path, broken: Path) -> dict[str, Any]:
@@ -149,11 +164,11 @@ def finished(out: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
-def processes(driver: int, called: str) -> list[psutil.Process]:
-    """The processes below the driver whose command holds a word; waits for the first."""
-    while True:
+def processes(driver: subprocess.Popen[bytes], called: str) -> list[psutil.Process]:
+    """The processes below the driver whose command holds a word; none once it has ended."""
+    while driver.poll() is None:
         found = []
-        for process in psutil.Process(driver).children(recursive=True):
+        for process in psutil.Process(driver.pid).children(recursive=True):
             try:
                 if called in " ".join(process.cmdline()):
                     found.append(process)
@@ -162,10 +177,12 @@ def processes(driver: int, called: str) -> list[psutil.Process]:
         if found:
             return found
         time.sleep(0.05)
+    return []
 
 
 def wait_for_more(out: Path, driver: subprocess.Popen[bytes], count: int) -> None:
-    """Wait until so many more files of evidence have been written, block sums included."""
+    """Wait until so many more files of evidence have been written, block sums included, or the
+    driver has ended."""
     folder = out / "evidence"
 
     def written() -> int:
@@ -174,10 +191,8 @@ def wait_for_more(out: Path, driver: subprocess.Popen[bytes], count: int) -> Non
 
     before = written() if folder.is_dir() else 0
     changes = 0
-    while changes < count:
+    while changes < count and driver.poll() is None:
         time.sleep(0.02)
-        if driver.poll() is not None:
-            raise RuntimeError(f"the run ended before it could be killed: {out}")
         now = written() if folder.is_dir() else 0
         if now != before:
             before, changes = now, changes + 1

@@ -27,14 +27,14 @@ def test_a_run_that_is_killed_three_times_ends_as_an_unbroken_one(lab_tiny, tmp_
     out = tmp_path / "broken"
     driver = survival.start(options, out, survival.RAY)
     survival.wait_for_more(out, driver, 1)
-    chance.choice(survival.processes(driver.pid, "ray::_Actor")).kill()
+    chance.choice(survival.processes(driver, "ray::_Actor")).kill()
     survival.wait_for_more(out, driver, 1)
     driver.kill()
     driver.wait()
     seen = survival.finished(out)
     driver = survival.start(options, out, survival.LOCAL)
     survival.wait_for_more(out, driver, 1)
-    chance.choice(survival.processes(driver.pid, "spawn_main")).kill()
+    chance.choice(survival.processes(driver, "spawn_main")).kill()
     assert driver.wait() == 0
     assert seen.items() <= survival.finished(out).items()
     unbroken = tmp_path / "unbroken"
