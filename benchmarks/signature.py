@@ -710,7 +710,7 @@ def main() -> None:
         for mine in [[each for each in nulls if each["case"] == case]]
     }
     results = {
-        "seeds": given.seeds,
+        "seeds": sorted(given.seeds),
         "recipes": {name: vars(recipe) for name, recipe in RECIPES.items()},
         "summary": summarise(rows),
         "null audits": false_alarms,
