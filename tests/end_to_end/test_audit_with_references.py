@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lightleak import audit, train_references
+from lightleak.audits.judge import judge
 from lightleak.audits.stored import load
 from lightleak.cli import main
 from lightleak.errors import UserError
@@ -159,6 +160,25 @@ def test_other_references_than_a_run_began_with_are_refused(
         asked(lab_lora, tmp_path / "run", primary="lira")
     with pytest.raises(UserError, match=r"references\.json is missing"):
         asked(lab_lora, tmp_path / "new", primary="lira", references=str(tmp_path))
+
+
+def test_a_run_whose_other_models_were_not_all_asked_is_not_judged(audited, tmp_path):
+    _, run = audited
+    for number, lost in enumerate(("shares/middle-reference-01.safetensors", "references.json")):
+        copy = tmp_path / str(number)
+        shutil.copytree(run.folder, copy)
+        (copy / "evidence" / lost).unlink()
+        with pytest.raises(UserError, match=r"not complete.*Run the same audit again"):
+            judge(Run(copy))
+
+
+def test_a_name_that_leads_out_of_the_run_is_refused(lab_lora, references, tmp_path):
+    shutil.copytree(references, tmp_path / "refs")
+    file = tmp_path / "refs" / "references.json"
+    file.write_text(file.read_text().replace('"name": "reference-00"', '"name": "../../out"'))
+    with pytest.raises(UserError, match="it is damaged"):
+        asked(lab_lora, tmp_path / "run", primary="lira", references=str(tmp_path / "refs"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_from_the_command_line(lab_lora, references, tmp_path, capsys):

@@ -141,6 +141,27 @@ def test_a_signature_finds_nothing_where_there_is_nothing(references):
     assert abs(np.mean(areas) - 0.5) < 4 * 0.029 / np.sqrt(20)
 
 
+@pytest.mark.parametrize("name", ["rmia", "lira"])
+def test_records_that_no_reference_saw_are_not_set_apart_by_another_formula(name):
+    kind = OtherLosses if name == "rmia" else ReferenceLosses
+    areas = []
+    for seed in range(20):
+        models = world(200 + seed, effect=0.0, kind=kind)
+        models.seen[:, models.control] = False
+        found = scores(name, models, **({"gamma": 1.0} if name == "rmia" else {}))
+        assert np.isfinite(found).all()
+        areas.append(area(found, models))
+    # A suspect is compared with four references, a control with eight; neither is known better.
+    assert abs(np.mean(areas) - 0.5) < 4 * 0.029 / np.sqrt(20)
+
+
+@pytest.mark.parametrize("references", [0, 4])
+def test_a_model_without_readings_leaves_no_score_and_does_not_fail(references):
+    models = world(6, references=references)
+    models.own[:] = np.nan
+    assert np.isnan(scores("signature", models)).all()
+
+
 def test_a_record_that_some_model_could_not_read_has_no_score():
     models = world(5)
     models.references[2, 7] = np.nan

@@ -19,6 +19,8 @@ from lightleak.runs.executors import Executor
 
 # Which references a run was to ask, and what each was trained on.
 ASKED = "references.json"
+# One is the pretended target; the others must hold the record and lack it.
+_FEWEST = 4
 
 
 def references_of(settings: AuditSettings, progress: Progress) -> list[Reference]:
@@ -58,13 +60,16 @@ def gather_compared(
             for each in references
         }
     file, content = run.evidence / ASKED, {"trained on": asked}
-    if run.verdict_file.is_file() and file.is_file() and read_json(file) != content:
+    before = read_json(file)["trained on"] if file.is_file() else asked
+    if run.verdict_file.is_file() and before != asked:
         raise UserError(
             "this run was registered with other references",
             str(run.folder),
             "Give --out another folder; this one keeps what was decided beforehand.",
         )
-    write_json(file, content)
+    if not file.is_file() or before != asked:
+        write_json(file, content)
+    _note_coverage(asked, sides, progress)
     base = settings.known_base()
     if base is not None and "base" not in others:
         _gather(run, target, "base", Model(settings, base), sides, progress, executor)
@@ -73,7 +78,24 @@ def gather_compared(
         models[each.name] = _model(settings, each)
         base_hashes = each.base_hashes if each.adapter else None
         _gather(run, target, each.name, models[each.name], sides, progress, executor, base_hashes)
-    gather_shares(run, target, models, sides, progress, executor)
+    why_not = gather_shares(run, target, models, sides, progress, executor)
+    write_json(file, {**content, "shares": why_not or "made"})
+
+
+def _note_coverage(asked: Mapping[str, list[str]], sides: Sides, progress: Progress) -> None:
+    """Say what the references cannot tell."""
+    if not asked:
+        return
+    if len(asked) < _FEWEST:
+        progress.note(f"lira and signature take {_FEWEST} references at least: they score nothing.")
+    among = [len({*ids}) for ids in asked.values()]
+    known = {key for ids in asked.values() for key in ids}
+    outside = sum(record.id not in known for record in sides.records)
+    if outside and any(among):
+        progress.note(
+            f"{outside} of {len(sides.records)} records are in no reference: they have no "
+            "signature, and lira and rmia compare every record with those that lack it alone."
+        )
 
 
 def _model(settings: AuditSettings, reference: Reference) -> Model:

@@ -86,7 +86,7 @@ def gather_shares(
     sides: Sides,
     progress: Progress,
     executor: Executor,
-) -> None:
+) -> str:
     """Hold every record's gradient against all others and what training changed.
 
     Only where a signal reads it and the base is known; where it would take too much, a note says so
@@ -99,16 +99,18 @@ def gather_shares(
         sides: the records.
         progress: shows how far it is.
         executor: does the jobs.
+
+    Returns:
+        Why they were left out; empty where they were not.
     """
     settings, base = target.settings, target.settings.known_base()
     asked = {signals.get(name).evidence(settings.options_of(name)) for name in settings.signals}
     if base is None or ModelReadings not in asked:
-        return
+        return "not asked for"
     if len(sides.records) > _MOST_RECORDS:
-        progress.note(
-            f"No shares: {len(sides.records)} records, and {_MOST_RECORDS} can be solved."
-        )
-        return
+        why_not = f"{len(sides.records)} records, and {_MOST_RECORDS} can be solved"
+        progress.note(f"No shares: {why_not}.")
+        return why_not
     folder = run.evidence / FOLDER
     folder.mkdir(exist_ok=True)
     of = replace(target, folder=folder, of="")
@@ -126,10 +128,11 @@ def gather_shares(
             why_not = reading if isinstance(reading, str) else _too_much(reading, sides, settings)
             if why_not or isinstance(reading, str):
                 progress.note(f"No shares, {name}: {why_not}.")
-                return
+                return str(why_not)
             for point in points:
                 _gather_point(own, name, base, reading, point, sides, progress, executor)
             _change_file(folder, name).unlink()
+    return ""
 
 
 def _gather_point(
@@ -362,6 +365,18 @@ def read_shares(run: Run) -> dict[str, dict[str, dict[str, float]]]:
             for word, values in kernel.readings().items():
                 own[f"{word} {point}"] = dict(zip(ids, values.tolist(), strict=True))
     return found
+
+
+def shares_done(run: Run, asked: Mapping[str, Any]) -> bool:
+    """Whether all that was to be made is there, by what was written of it when it was done."""
+    if asked.get("shares") != "made":
+        return "shares" in asked
+    models = ("target", *asked["trained on"])
+    return all(
+        (run.evidence / FOLDER / _result(point, name)).is_file()
+        for point in POINTS
+        for name in models
+    )
 
 
 def _result(point: str, name: str) -> str:

@@ -18,6 +18,7 @@ from lightleak.audits.manifest import recorded
 from lightleak.audits.measure import claim
 from lightleak.audits.models import release, released
 from lightleak.audits.passes import begin
+from lightleak.audits.reference_models import FILE
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.sides import read_sides
 from lightleak.runs import Progress, Run, Silent
@@ -79,6 +80,7 @@ def audit(
         chosen = of.settings
         references = references_of(chosen, progress)
         claim(of, sides)
+        told = Path(chosen.references or "") / FILE
         files = {"documentation": chosen.documentation, "embeddings": chosen.embeddings}
         with recorded(
             run,
@@ -89,6 +91,7 @@ def audit(
             hashes={
                 **{f"{side} records": value for side, value in sides.hashes.items()},
                 **{name: sha256(Path(file)) for name, file in files.items() if file is not None},
+                **({"references": sha256(told)} if references else {}),
             },
             command=command or "lightleak.audit(…)",
             credit=credit,

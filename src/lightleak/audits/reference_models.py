@@ -55,7 +55,7 @@ class Kept(_Strict):
 class Trained(_Strict):
     """One reference; its epochs are told of once all of them are there."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^reference-\d+$")]
     seed: int
     finished: bool = False
     epochs: dict[int, Kept] = {}
@@ -91,7 +91,7 @@ class Contents(_Strict):
     version: Literal[1] = 1
     base: Base
     recipe: dict[str, Any]
-    keep: tuple[int, ...]
+    keep: Annotated[tuple[int, ...], Field(min_length=1)]
     seed: int
     records: str
     references: tuple[Trained, ...]
@@ -102,6 +102,15 @@ class Contents(_Strict):
     def _complete(self) -> Contents:
         if any(len(each) != len(self.references) for each in self.membership.values()):
             raise ValueError("membership is not of so many references")
+        names = [each.name for each in self.references]
+        if len({*names}) < len(names) or any(
+            not kept.folder.startswith(f"{each.name}/")
+            for each in self.references
+            for kept in each.epochs.values()
+        ):
+            raise ValueError("two references share a name or a folder")
+        if "method" not in self.recipe:
+            raise ValueError("the recipe has no method")
         if any(set(each.epochs) != set(self.keep) for each in self.references if each.finished):
             raise ValueError("a finished reference lacks an epoch")
         return self

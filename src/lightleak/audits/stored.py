@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lightleak import signals
 from lightleak.audits.calibration import SCORED
 from lightleak.audits.gather_references import ASKED
-from lightleak.audits.gather_shares import read_shares
+from lightleak.audits.gather_shares import read_shares, shares_done
 from lightleak.audits.settings import AuditSettings
 from lightleak.errors import UserError
 from lightleak.evidence.readings import (
@@ -212,17 +212,22 @@ def _across(measured: Measured, needs: type) -> ModelReadings:
         for column, name in enumerate(names):
             if name in found:
                 values[rows >= 0, column] = found[name][rows[rows >= 0]]
-        return values
+        return _finite(values)
 
     evidence = measured.run.evidence
-    trained_on = read_json(evidence / ASKED)["trained on"]
+    if not (evidence / ASKED).is_file():
+        raise _incomplete(measured.run)
+    asked = read_json(evidence / ASKED)
+    trained_on = asked["trained on"]
+    if needs is ModelReadings and not shares_done(measured.run, asked):
+        raise _incomplete(measured.run)
     unexposed = next((n for n in ("base", "control-target") if (evidence / n).is_dir()), None)
     empty = np.zeros((0, len(measured.ids)))
     seen = [np.isin(measured.ids, ids) for ids in trained_on.values()]
     references = [other(name) for name in trained_on]
     return needs(  # type: ignore[no-any-return]
         names,
-        np.column_stack(list(own.values())),
+        _finite(np.column_stack(list(own.values()))),
         None if unexposed is None else other(unexposed),
         np.stack(references) if references else np.zeros((0, len(measured.ids), len(names))),
         np.stack(seen) if seen else empty.astype(bool),
@@ -246,6 +251,19 @@ def _own_shares(
         name: np.array([each.get(key, np.nan) for key in measured.ids])
         for name, each in (own or {}).items()
     }
+
+
+def _finite(values: Floats) -> Floats:
+    """The log of a gradient that is nought says as little as none."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _incomplete(run: Run) -> UserError:
+    return UserError(
+        "its evidence is not complete: other models were still to be asked",
+        str(run.folder),
+        "Run the same audit again: it goes on where it was.",
+    )
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ def audit(
     references: Annotated[
         Path | None,
         typer.Option(
-            help="Models that lightleak references train made: lira, rmia and signature compare "
-            "the target with them."
+            help="Models that lightleak references train made: lira, rmia, signature and, without "
+            "a base, ratio compare the target with them."
         ),
     ] = None,
     reference_epoch: Annotated[

@@ -311,6 +311,14 @@ class ModelReadings:
             return self.base[:, 0]
         return _mean_where(self.reference_losses, ~self.seen)
 
+    @property
+    def paired(self) -> bool:
+        """Whether every record has references with it and without it; else none is compared with
+        those that saw it: two formulas would set apart whoever is treated by the other."""
+        read = np.isfinite(self.reference_losses)
+        with_it, without = (np.any(side & read, axis=0) for side in (self.seen, ~self.seen))
+        return bool(np.all((with_it & without) | ~np.isfinite(self.loss)))
+
     def mean_probability(self, *, seen: bool) -> Floats:
         """(n,) mean of exp(mean log-likelihood) over references that saw the record, or that did
         not; without references, that of the base."""

@@ -21,12 +21,12 @@ def lira(models: ReferenceLosses, *, mode: Literal["auto", "online", "offline"] 
     """Likelihood ratio of φ = log p/(1 − p), p = exp(mean_t log p_t), under two normal fits.
 
     `online`: log N(φ; μ_in, σ_in) − log N(φ; μ_out, σ_out); `offline`: (φ − μ_out)/σ_out, which
-    ranks as the published Φ of it; `auto`: online where every reference's records are known to
-    be among these. σ² is pooled over records below 64 references.
+    ranks as the published Φ of it; `auto`: online where every record has references with it and
+    without it. σ² is pooled over records below 64 references.
     """
     own, others = logit(models.loss), logit(models.reference_losses)
     mean_out, spread_out = _normal(others, ~models.seen)
-    if mode == "offline" or (mode == "auto" and not models.seen.any()):
+    if mode == "offline" or (mode == "auto" and not models.paired):
         return np.asarray((own - mean_out) / spread_out)
     mean_in, spread_in = _normal(others, models.seen)
     inside, outside = norm.logpdf(own, mean_in, spread_in), norm.logpdf(own, mean_out, spread_out)

@@ -14,11 +14,14 @@ from lightleak.signals.registry import signal
 def rmia(models: OtherLosses, *, gamma: float = 2.0, a: float = 0.3) -> Floats:
     """Share of the controls z with [p(x)/p̄(x)] / [p(z)/p̄(z)] ≥ gamma, p = exp(mean_t log p_t).
 
-    p̄ is the mean of p with and without the record in training; where no reference saw it,
-    ((1 + a)·p̄_out + 1 − a)/2, as published.
+    p̄ is the mean of p with and without the record in training; where not every record has both
+    kinds of references, ((1 + a)·p̄_out + 1 − a)/2 for all of them, as published.
     """
-    seen, unseen = models.mean_probability(seen=True), models.mean_probability(seen=False)
-    average = np.where(np.isfinite(seen), (seen + unseen) / 2, ((1 + a) * unseen + 1 - a) / 2)
+    unseen = models.mean_probability(seen=False)
+    if models.paired:
+        average = (models.mean_probability(seen=True) + unseen) / 2
+    else:
+        average = ((1 + a) * unseen + 1 - a) / 2
     ratio = np.exp(models.loss) / average
     others = ratio[models.control & np.isfinite(ratio)]
     if not len(others):

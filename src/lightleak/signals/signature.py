@@ -42,7 +42,7 @@ def signature(models: ModelReadings, fits: Sequence[Fit]) -> Floats:
     if models.base is not None:
         features = np.hstack([features, models.base, models.own - models.base])
     features = features[:, _read(features)]
-    usable = np.isfinite(features).all(axis=1)
+    usable = np.isfinite(features).all(axis=1) & np.isfinite(models.loss)
     scores = np.full(len(features), np.nan)
     for fit in fits:
         known, scored = (fit.members | fit.nonmembers) & usable, fit.scored & usable
@@ -54,8 +54,11 @@ def signature(models: ModelReadings, fits: Sequence[Fit]) -> Floats:
 
 def _taught(models: ModelReadings) -> Floats:
     """Log-odds learnt on each reference against the others, applied to the target against all."""
+    scores = np.full(len(models.own), np.nan)
     # An adapter's matrices are read where there is one: not at a base, say.
     shared = np.logical_and.reduce([_read(each) for each in (models.own, *models.references)])
+    if not shared.any():
+        return scores
     models = replace(
         models,
         own=_standardised(models.own[:, shared]),
@@ -70,7 +73,6 @@ def _taught(models: ModelReadings) -> Floats:
     features, seen = np.concatenate(examples), np.concatenate(labels)
     own = _compared(models.own, models, np.ones(count, bool))
     known, usable = np.isfinite(features).all(axis=1), np.isfinite(own).all(axis=1)
-    scores = np.full(len(own), np.nan)
     if min(seen[known].sum(), (~seen[known]).sum()) >= _FEWEST and usable.any():
         learnt = _learn(features[known], seen[known], _FROM_REFERENCES)
         scores[usable] = learnt.decision_function(own[usable])
@@ -97,8 +99,9 @@ def _compared(readings: Floats, models: ModelReadings, others: NDArray[np.bool_]
 
 def _mean(models: ModelReadings, chosen: NDArray[np.bool_]) -> Floats:
     """(n, d) mean over the chosen references of each record, (k, n); NaN where none."""
-    count = chosen.sum(axis=0)[:, None]
-    total = np.where(chosen[:, :, None], models.references, 0.0).sum(axis=0)
+    usable = chosen[:, :, None] & np.isfinite(models.references)
+    count = usable.sum(axis=0)
+    total = np.where(usable, models.references, 0.0).sum(axis=0)
     mean: Floats = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
     return mean
 
