@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -156,8 +157,13 @@ def test_other_references_than_a_run_began_with_are_refused(
     shutil.copytree(references, tmp_path / "moved")
     again = asked(lab_lora, tmp_path / "run", primary="lira", references=str(tmp_path / "moved"))
     assert again.signals["lira"].auc == verdict.signals["lira"].auc
+    fewer = tmp_path / "fewer"
+    shutil.copytree(references, fewer)
+    told = json.loads((fewer / "references.json").read_text())
+    told["references"][3]["finished"] = False
+    (fewer / "references.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match="registered with other references"):
-        asked(lab_lora, tmp_path / "run", primary="lira")
+        asked(lab_lora, tmp_path / "run", primary="lira", references=str(fewer))
     with pytest.raises(UserError, match=r"references\.json is missing"):
         asked(lab_lora, tmp_path / "new", primary="lira", references=str(tmp_path))
 
@@ -181,7 +187,7 @@ def test_a_name_that_leads_out_of_the_run_is_refused(lab_lora, references, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_from_the_command_line(lab_lora, references, tmp_path, capsys):
+def test_from_the_command_line(lab_lora, references, tmp_path, capfd, monkeypatch):
     options = {
         "target": lab_lora.target,
         "adapter": lab_lora.adapter,
@@ -194,5 +200,8 @@ def test_from_the_command_line(lab_lora, references, tmp_path, capsys):
         "out": tmp_path / "run",
     }
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    main.run(["audit", *given, "--no-negative-controls"])
-    assert "lira" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["lightleak", "audit", *given, "--no-negative-controls"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 0
+    assert "lira" in capfd.readouterr().out
