@@ -193,13 +193,18 @@ def test_batch_of_one_equals_batch_of_sixteen_in_any_order(lab_lora, sides, tmp_
         )
         rows = pq.read_table(Run(run).scores_file).to_pylist()
         scores[name] = {(r["signal"], r["set"], r["id"]): r["score"] for r in rows}
-    apart = {*EXTRA, OtherLosses, ReferenceLosses}
+    # The base of an adapter is there to compare with.
+    apart = {*EXTRA, ReferenceLosses, *([] if adapter else [OtherLosses])}
     usual = {name for name in signals.names("generative") if signals.get(name).needs not in apart}
     assert {key[0] for key in scores["one"]} == usual
     for other in ("sixteen", "turned"):
         assert scores[other].keys() == scores["one"].keys()
         for key, value in scores["one"].items():
-            assert scores[other][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+            if value is None:  # These are not fitted on so few.
+                assert key[0] in {"quantile", "signature"}
+                assert scores[other][key] is None
+            else:
+                assert scores[other][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
 def test_the_api_and_the_command_line_give_the_same_numbers(lab_lora, sides, tmp_path):

@@ -138,7 +138,7 @@ def test_a_target_that_learnt_the_texts_alone_is_not_said_to_know_the_pairs(alon
 def measured(records):
     side = np.repeat(["suspect", "control"], records)
     names = np.arange(2 * records).astype(str)
-    return Measured(Path(), None, list(names), side, np.arange(2 * records) % 2, names, None)
+    return Measured(None, Path(), None, list(names), side, np.arange(2 * records) % 2, names, None)
 
 
 @pytest.mark.parametrize(("base_knows", "said"), [(False, "tells their pairs"), (True, "gain no")])

@@ -214,7 +214,7 @@ class LikelihoodMatcher:
             encoded = [self.target.encode(record, image) for record in records]
 
             def one(batch: Batch, k: int = k) -> None:
-                said = self.target.outputs(batch).vectors()
+                said = self.target.outputs(batch).likelihoods()
                 for key, values in zip(batch.ids, said, strict=True):
                     i, j = map(int, key.split())
                     found[i, j, k] = float(values.double().sum())

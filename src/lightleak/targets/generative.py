@@ -62,7 +62,7 @@ class Answers(Outputs):
     @property
     def losses(self) -> Tensor:
         """(n,) mean cross-entropy over each record's own answer tokens, in nats."""
-        return torch.stack([-each.mean() for each in self._likelihoods()])
+        return torch.stack([-each.mean() for each in self.likelihoods()])
 
     def vectors(self) -> list[Tensor]:
         """The log-likelihoods of each answer's tokens, and the entropies of all that is kept."""
@@ -72,10 +72,11 @@ class Answers(Outputs):
         ]
         return [
             torch.cat([own, *(torch.special.entr(each.exp()).sum(-1) for each in said)])
-            for own, said in zip(self._likelihoods(), kept, strict=True)
+            for own, said in zip(self.likelihoods(), kept, strict=True)
         ]
 
-    def _likelihoods(self) -> list[Tensor]:
+    def likelihoods(self) -> list[Tensor]:
+        """The log-likelihoods of each answer's tokens."""
         return [
             each.gather(1, tokens[:, None])[:, 0]
             for each, tokens in zip(self.log_probabilities, self.tokens, strict=True)
