@@ -69,15 +69,17 @@ class Recipe:
 RECIPES = {
     "lora": Recipe(0, epochs=5, rate=6e-3, batch=8, rank=16),
     "full": Recipe(1, epochs=4, rate=2e-3, batch=16),
+    "inner": Recipe(3, epochs=9, rate=4e-3, batch=8, rank=16),
     # What an auditor guesses who does not know how the target was tuned.
     "short": Recipe(2, epochs=2, rate=1e-3, batch=16),
-    "inner": Recipe(3, epochs=9, rate=4e-3, batch=8, rank=16),
+    "short lora": Recipe(4, epochs=2, rate=3e-3, batch=8, rank=16),
 }
 TARGETS = ("full", "lora", "inner")
-WRONG = {"full": "short"}
+WRONG = {"full": "short", "lora": "short lora"}
 MARKS = {"full": "o", "lora": "^", "inner": "x"}
 INNER = r"language_model.*_proj|multi_modal_projector\.linear_\d"
 ADAPTED = {"lora": rf".*({INNER}|lm_head)", "inner": rf".*({INNER})"}
+ADAPTED["short lora"] = ADAPTED["lora"]
 
 
 def halves(seed: int, which: int, pairs: int, side: int) -> Booleans:

@@ -81,9 +81,12 @@ def adapted(base, out, seed, layers):
     return {"target": base, "adapter": out}
 
 
-@pytest.fixture(scope="module", params=["full", "full, tied", "inner adapter", "head, tied"])
+CASES = ["full", "full, tied", "inner adapter", "adapter", "head, tied"]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def given(request, tmp_path_factory):
-    """A base, a target and a reference in float64, with their records."""
+    """A base, a target and a reference in float64, with their records and groups of matrices."""
     folder = tmp_path_factory.mktemp("given")
     base = folder / "base"
     tiny_llava(base, ["red green blue no"] * 3, seed=3)
@@ -96,15 +99,18 @@ def given(request, tmp_path_factory):
     write_records(folder)
     if request.param.startswith("full"):
         made = [moved(base, folder / name, seed) for seed, name in enumerate(("own", "other"))]
-        names = [EMBEDDING] if "tied" in request.param else [HEAD, EMBEDDING]
+        groups = {"embedding": EMBEDDING}
+        if "tied" not in request.param:
+            groups["head"] = HEAD
     else:
-        inner = request.param == "inner adapter"
-        layers = r".*language_model\.layers\.1\.self_attn\.q_proj" if inner else ["lm_head"]
+        groups = {"inner": INNER, "head": HEAD}
+        if request.param != "adapter":
+            groups.pop("head" if "inner" in request.param else "inner")
+        layers = "|".join(rf".*{name.removesuffix('.weight')}" for name in groups.values())
         made = [
             adapted(base, folder / name, seed, layers) for seed, name in enumerate(("own", "other"))
         ]
-        names = [INNER if inner else HEAD]
-    return folder, base, made, names
+    return folder, base, made, groups
 
 
 @dataclass
@@ -149,74 +155,88 @@ def gathered(out, folder, made, *, size=4, by=None, **more):
 def stored(run, point, model="target"):
     file = run.evidence / FOLDER / f"{point}-{model}.safetensors"
     with safetensors.safe_open(file, "np") as content:
-        ids = json.loads(content.metadata()["ids"])
-    return Kernel(**safetensors.numpy.load_file(file)), ids
+        about = json.loads(content.metadata()["of"])
+    kernel = Kernel(tuple(about["groups"]), **safetensors.numpy.load_file(file))
+    return kernel, about["ids"]
 
 
-def naive(folder, base, made, names, way):
-    """K, b and ‖Δ‖ from whole gradients, with the weights set by hand.
+def naive(folder, base, made, groups, way):
+    """K, b and ‖Δ‖² of each group from whole gradients, with the weights set by hand.
 
     Of an adapter in its own coordinates, with g Aᵀ for g and, times its scaling, B for Δ.
     """
     target = targets.load(base, dtype="float64")
-    model, inner = target.model, {}
-    if names == [HEAD] and model.lm_head.weight is model.get_input_embeddings().weight:
+    model, inner, changed = target.model, {}, {}
+    if HEAD in groups.values() and EMBEDDING not in groups.values() and model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     under = {name: each.detach().clone() for name, each in model.named_parameters()}
     if "adapter" in made:
         weights = safetensors.numpy.load_file(made["adapter"] / "adapter_model.safetensors")
-        key = f"base_model.model.{names[0].removesuffix('.weight')}.lora_"
-        a, b = (torch.from_numpy(weights[f"{key}{x}.weight"]).double() for x in "AB")
-        delta, inner, changed = {names[0]: 3 * b @ a}, {names[0]: 3 * a}, [b]
+        delta = {}
+        for group, name in groups.items():
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            a, b = (torch.from_numpy(weights[f"{key}{x}.weight"]).double() for x in "AB")
+            delta[name], inner[group], changed[group] = 3 * b @ a, 3 * a, b
     else:
         own = dict(targets.load(made["target"], dtype="float64").model.named_parameters())
         delta = {name: own[name].detach() - under[name] for name in under}
-        changed = [delta[name] for name in names]
+        changed = {group: delta[name] for group, name in groups.items()}
     with torch.no_grad():
         for name, change in delta.items():
             model.get_parameter(name).copy_(under[name] + way * change)
-    chosen = [model.get_parameter(name).requires_grad_(True) for name in names]
-    ids, rows = [], []
+    chosen = [model.get_parameter(name).requires_grad_(True) for name in groups.values()]
+    ids, rows = [], {group: [] for group in groups}
     for record in read_sides(settings_of(folder, made), Silent()).records:
         if record.text == "<image>":
             continue
         batch = target.collate([target.encode(record, open_rgb(record.image))])
         gradients = torch.autograd.grad(target.outputs(batch).losses.sum(), chosen)
-        if inner:
-            gradients = [each @ inner[name].T for each, name in zip(gradients, names, strict=True)]
         ids.append(record.id)
-        rows.append(torch.cat([each.flatten() for each in gradients]))
-    g = torch.stack(rows).numpy()
-    d = torch.cat([each.flatten() for each in changed]).numpy()
-    return ids, g @ g.T, -g @ d, np.linalg.norm(d)
+        for group, gradient in zip(groups, gradients, strict=True):
+            own = gradient @ inner[group].T if inner else gradient
+            rows[group].append(own.flatten())
+    found = {}
+    for group in groups:
+        g, d = torch.stack(rows[group]).numpy(), changed[group].flatten().numpy()
+        found[group] = g @ g.T, -g @ d, d @ d
+    return ids, found
 
 
 def test_k_and_b_are_those_of_autograds_own_gradients(given, tmp_path):
-    folder, base, made, names = given
+    folder, base, made, groups = given
     run, told = gathered(tmp_path / "run", folder, made)
     assert told == []
     readings = read_shares(run)
     for own, model in zip(made, ("target", "reference-00"), strict=True):
-        assert list(readings[model]) == [f"{word} {point}" for point in POINTS for word in WORDS]
+        solved = sorted({key.split(maxsplit=1)[1] for key in readings[model]})
+        kernel, _ = stored(run, "end", model)
+        sets = [*kernel.groups, "+".join(kernel.groups)] if len(groups) > 1 else kernel.groups
+        assert solved == sorted(f"{one} {point}" for one in sets for point in POINTS)
+        assert set(kernel.groups) == set(groups)
         for point, way in POINTS.items():
             kernel, told_of = stored(run, point, model)
-            ids, gram, against, size = naive(folder, base, own, names, way)
+            ids, expected = naive(folder, base, own, groups, way)
             # The record that has no gradient is in none of them.
             assert told_of == ids
             assert "control/1" not in ids
-            np.testing.assert_allclose(kernel.gram, gram, rtol=1e-6, atol=1e-6 * gram.max())
-            scale = 1e-6 * abs(against).max()
-            np.testing.assert_allclose(kernel.against, against, rtol=1e-6, atol=scale)
-            np.testing.assert_allclose(kernel.size, size, rtol=1e-6)
-    # `own`, `gram` and the like are of the reference at its end.
+            for i, group in enumerate(kernel.groups):
+                gram, against, square = expected[group]
+                np.testing.assert_allclose(kernel.gram[i], gram, rtol=1e-6, atol=1e-6 * gram.max())
+                scale = 1e-6 * abs(against).max()
+                np.testing.assert_allclose(kernel.against[i], against, rtol=1e-6, atol=scale)
+                np.testing.assert_allclose(kernel.square[i], square, rtol=1e-6)
+    # Of the reference at its end, all groups together.
+    gram, against, square = (sum(each) for each in zip(*expected.values(), strict=True))
+    every = "+".join(kernel.groups)
     mean, n = np.trace(gram) / len(ids), len(ids)
     inverse = np.linalg.inv(gram / mean + 0.1 * (np.eye(n) - 1 / n))
     expected, error = inverse @ against / mean, np.sqrt(np.diag(inverse))
-    found = {w: [readings["reference-00"][f"{w} end"][key] for key in ids] for w in WORDS}
+    stated = readings["reference-00"]
+    found = {w: [stated[f"{w} {every} end"][key] for key in ids] for w in WORDS}
     np.testing.assert_allclose(found["share"], expected, rtol=1e-4)
     np.testing.assert_allclose(found["error"], np.log(error), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found["certain"], expected / error, rtol=1e-4)
-    along = against / np.sqrt(np.diag(gram)) / size
+    along = against / np.sqrt(np.diag(gram) * square)
     np.testing.assert_allclose(found["along"], along, rtol=1e-4)
 
 
@@ -296,7 +316,8 @@ def test_shares_tell_members_and_find_nothing_among_others(tuned, tmp_path):
 
         def area(first, second, kernel=kernel):
             rows = np.concatenate([first, second])
-            found, _ = shares(kernel.gram[np.ix_(rows, rows)], kernel.against[rows])
+            gram, against = kernel.gram.sum(axis=0), kernel.against.sum(axis=0)
+            found, _ = shares(gram[np.ix_(rows, rows)], against[rows])
             return auc(found[: len(first)], found[len(first) :])
 
         assert area(np.flatnonzero(member), others[:80]) > 0.6
@@ -310,6 +331,6 @@ def test_an_audit_hands_them_to_signature(given, tmp_path):
     out = tmp_path / "run"
     lightleak.audit(**settings_of(folder, made[0]).model_dump(exclude_unset=True), out=out)
     readings = _across(load_evidence(Run(out)), ModelReadings)
-    column = list(readings.names).index("share middle")
+    column = list(readings.names).index("share inner middle")
     assert np.isfinite(readings.own[:, column]).all()
     assert np.isnan(readings.base[:, column]).all()

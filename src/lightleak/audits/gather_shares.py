@@ -7,9 +7,11 @@ and b are made of them, they are removed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +59,15 @@ class Reading:
     Attributes:
         size: batch limits.
         shard: records that are written together.
-        shapes: of the matrices, named as without an adapter.
+        groups: names of matrices.
+        shapes: (out, in) of each; of an adapter's, B's.
         unseen: those that only autograd sees whole.
         number: bytes of one number of a gradient.
     """
 
     size: BatchSize
     shard: int
+    groups: Mapping[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, int]]
     unseen: tuple[str, ...]
     number: int
@@ -196,7 +200,8 @@ def look(job: Look, advance: Advance) -> Reading | str:
         change = _change(job.of.model, job.base)
     except UserError as error:
         return error.what
-    names = chosen(change)
+    groups = chosen(change)
+    names = [name for group in groups.values() for name in group]
     deltas = {name: change.delta(name).flatten(1) for name in names}
     shapes = {name: (len(each), each.shape[1]) for name, each in deltas.items()}
     save_tensors(
@@ -215,10 +220,9 @@ def look(job: Look, advance: Advance) -> Reading | str:
         alone = [[each] for each in collect.encode(target, job.sample).records]
         collect.run(target, alone, lambda batch: unseen.update(engine.unseen(batch)))
     number = (torch.float64 if target.wide == torch.float64 else torch.bfloat16).itemsize
-    width = number * sum(out * size for out, size in shapes.values())
-    shard = min(job.plan.shard, piece_of(width))
+    whole = Reading(job.plan.size, job.plan.shard, groups, shapes, tuple(sorted(unseen)), number)
     advance(1)
-    return Reading(job.plan.size, shard, shapes, tuple(sorted(unseen)), number)
+    return replace(whole, shard=min(whole.shard, piece_of(whole.width)))
 
 
 def _change(model: Model, base: str) -> Change:
@@ -311,7 +315,7 @@ class Product:
 
 
 def multiply(job: Product, advance: Advance) -> None:
-    """K = GGᵀ and b = −ΔGᵀ, some columns of some matrix at a time."""
+    """K = GGᵀ and b = −ΔGᵀ of each group, some columns of some matrix at a time."""
     folder, point = job.of.folder, job.point
     device = torch.device(job.of.description.device)
     wide = torch.float64 if job.reading.dtype == torch.float64 else torch.float32
@@ -325,19 +329,25 @@ def multiply(job: Product, advance: Advance) -> None:
         change = opened(_change_file(folder, job.name))
         ids = [key for each in slabs for key in json.loads(each.metadata()["ids"])]
         n = len(ids)
+        groups = list(job.reading.groups)
         gram, against, square = (
-            torch.zeros(shape, dtype=wide, device=device) for shape in ((n, n), (n,), (1,))
+            torch.zeros(len(groups), *shape, dtype=wide, device=device)
+            for shape in ((n, n), (n,), ())
         )
-        for name, (out, size) in job.reading.shapes.items():
-            for start, stop in _spans(out * size, int(_CHUNK_BYTES / wide.itemsize / max(1, n))):
+        group_of = {name: groups.index(g) for g, own in job.reading.groups.items() for name in own}
+        for name, g in group_of.items():
+            width = math.prod(job.reading.shapes[name])
+            for start, stop in _spans(width, int(_CHUNK_BYTES / wide.itemsize / max(1, n))):
                 parts = [each.get_slice(name)[:, start:stop] for each in slabs]
                 gradients = torch.cat(parts).to(device, wide)
                 delta = change.get_slice(name)[start:stop].to(device, wide)
-                gram += gradients @ gradients.T
-                against -= gradients @ delta
-                square += delta.square().sum()
-        content = {"gram": gram, "against": against, "size": square.sqrt()}
-        save_tensors(folder / _result(point, job.name), content, {"ids": json.dumps(ids)})
+                gram[g] += gradients @ gradients.T
+                against[g] -= gradients @ delta
+                square[g] += delta.square().sum()
+        content = {"gram": gram, "against": against, "square": square}
+        # One entry: of several, the order in the file is not fixed.
+        about = {"of": json.dumps({"ids": ids, "groups": groups})}
+        save_tensors(folder / _result(point, job.name), content, about)
     advance(1)
 
 
@@ -345,7 +355,7 @@ def multiply(job: Product, advance: Advance) -> None:
 
 
 def read_shares(run: Run) -> dict[str, dict[str, dict[str, float]]]:
-    """Model → reading → record id → number: "share base", "along end" and the like.
+    """Model → reading → record id → number: "share head base", "along inner end" and the like.
 
     Raises:
         UserError: a file is damaged.
@@ -353,18 +363,27 @@ def read_shares(run: Run) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for point in POINTS:
         for file in sorted((run.evidence / FOLDER).glob(f"{point}-*.safetensors")):
-            try:
-                kernel = Kernel(**safetensors.numpy.load_file(file))
-                with safe_open(file, "np") as content:
-                    ids = json.loads(content.metadata()["ids"])
-            except (OSError, SafetensorError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"it is damaged ({error})", str(file), "Delete it and run the same audit again."
-                ) from error
             own = found.setdefault(file.stem.removeprefix(f"{point}-"), {})
-            for word, values in kernel.readings().items():
-                own[f"{word} {point}"] = dict(zip(ids, values.tolist(), strict=True))
+            for word, values in _solved(file, file.stat().st_mtime_ns).items():
+                own[f"{word} {point}"] = values
     return found
+
+
+@lru_cache(maxsize=128)
+def _solved(file: Path, written: int) -> dict[str, dict[str, float]]:
+    """Reading → record id → number. n³ steps: once for all signals and models that are compared."""
+    try:
+        with safe_open(file, "np") as content:
+            about = json.loads(content.metadata()["of"])
+        kernel = Kernel(tuple(about["groups"]), **safetensors.numpy.load_file(file))
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise UserError(
+            f"it is damaged ({error})", str(file), "Delete it and run the same audit again."
+        ) from error
+    return {
+        word: dict(zip(about["ids"], values.tolist(), strict=True))
+        for word, values in kernel.readings().items()
+    }
 
 
 def shares_done(run: Run, asked: Mapping[str, Any]) -> bool:
@@ -387,6 +406,6 @@ def _whole(file: Path) -> bool:
     """Whether a result is there; one that is damaged is made again."""
     try:
         with safe_open(file, "np") as content:
-            return bool(content.metadata()["ids"])
+            return bool(content.metadata()["of"])
     except (OSError, SafetensorError, TypeError, KeyError):
         return False

@@ -198,13 +198,19 @@ def _evidence(measured: Measured, needs: type) -> Any:
 
 def _across(measured: Measured, needs: type) -> ModelReadings:
     """What the base and the references say of the same records, beside this model."""
+    evidence = measured.run.evidence
+    if not (evidence / ASKED).is_file():
+        raise _incomplete(measured.run)
+    asked = read_json(evidence / ASKED)
+    if needs is ModelReadings and not shares_done(measured.run, asked):
+        raise _incomplete(measured.run)
     shares = read_shares(measured.run) if needs is ModelReadings else {}
     own = _summary(measured, needs) | _own_shares(shares, measured)
     names = tuple(own)
 
     def other(folder: str) -> Floats:
         """Its readings (n, d), in the order of this model's; NaN where it has none."""
-        there = load(measured.run, measured.run.evidence / folder)
+        there = load(measured.run, evidence / folder)
         found = _summary(there, needs) | _own_shares(shares, there)
         values = np.full((len(measured.ids), len(names)), np.nan)
         place = {key: row for row, key in enumerate(there.ids)}
@@ -214,13 +220,7 @@ def _across(measured: Measured, needs: type) -> ModelReadings:
                 values[rows >= 0, column] = found[name][rows[rows >= 0]]
         return _finite(values)
 
-    evidence = measured.run.evidence
-    if not (evidence / ASKED).is_file():
-        raise _incomplete(measured.run)
-    asked = read_json(evidence / ASKED)
     trained_on = asked["trained on"]
-    if needs is ModelReadings and not shares_done(measured.run, asked):
-        raise _incomplete(measured.run)
     unexposed = next((n for n in ("base", "control-target") if (evidence / n).is_dir()), None)
     empty = np.zeros((0, len(measured.ids)))
     seen = [np.isin(measured.ids, ids) for ids in trained_on.values()]

@@ -35,27 +35,35 @@ class Kernel:
     """Gradients of n records against each other and against what training changed.
 
     Attributes:
-        gram: (n, n) K.
-        against: (n,) b.
-        size: (1,) ‖Δ‖ over the same matrices.
+        groups: the g groups of matrices.
+        gram: (g, n, n) K of each.
+        against: (g, n) b.
+        square: (g,) ‖Δ‖².
     """
 
+    groups: tuple[str, ...]
     gram: Floats
     against: Floats
-    size: Floats
+    square: Floats
 
     def readings(self) -> dict[str, Floats]:
-        """Of each record (n,): `share`; `error`, the log of its standard error but for a factor;
-        `certain`, share over error; `along`, the cosine of what lowers the record's loss with the
-        change, b_i / (√K_ii ‖Δ‖). None where nothing changed or no record has a gradient."""
-        if not self.gram.any() or not self.size.any():
-            return {}
-        share, error = shares(self.gram, self.against)
-        lengths = np.sqrt(np.diag(self.gram)) * self.size
-        along = np.divide(
-            self.against, lengths, out=np.full(len(lengths), np.nan), where=lengths > 0
-        )
-        return {"share": share, "error": np.log(error), "certain": share / error, "along": along}
+        """Of each record (n,), for every group and for all together: `share`; `error`, the log of
+        its standard error but for a factor; `certain`, share over error; `along`, the cosine of
+        what lowers the record's loss with the change, b_i / (√K_ii ‖Δ‖). None where nothing changed
+        or no record has a gradient."""
+        found: dict[str, Floats] = {}
+        each = [[one] for one in range(len(self.groups))]
+        for own in each if len(each) == 1 else [*each, sum(each, [])]:
+            gram, against = self.gram[own].sum(axis=0), self.against[own].sum(axis=0)
+            lengths = np.sqrt(np.diag(gram) * self.square[own].sum())
+            if not lengths.any():
+                continue
+            share, error = shares(gram, against)
+            along = np.divide(against, lengths, out=np.full(len(gram), np.nan), where=lengths > 0)
+            named = {"share": share, "error": np.log(error), "certain": share / error}
+            of = "+".join(self.groups[one] for one in own)
+            found |= {f"{word} {of}": values for word, values in (named | {"along": along}).items()}
+        return found
 
 
 def shares(gram: Floats, against: Floats, ridge: float = RIDGE) -> tuple[Floats, Floats]:
@@ -78,23 +86,32 @@ def shares(gram: Floats, against: Floats, ridge: float = RIDGE) -> tuple[Floats,
 # -- by the model -----------------------------------------------------------------------------
 
 
-def chosen(change: Change) -> tuple[str, ...]:
-    """The output head and the token embedding where they changed; else every matrix that did."""
-    changed = change.matrices
+def chosen(change: Change) -> dict[str, tuple[str, ...]]:
+    """Matrices that changed, by group: `head` (of the output), `embedding` (of tokens), `inner`.
+
+    The inner ones count where it is an adapter that changed them, or where nothing else did.
+    """
     ends = _ends(change.tuned)
-    return tuple(name for name in changed if name in ends) or changed
+    groups: dict[str, list[str]] = {}
+    for name in change.matrices:
+        group = next((end for end, path in ends.items() if name.startswith(path)), "inner")
+        groups.setdefault(group, []).append(name)
+    if len(groups) > 1 and not change.tuned.has_adapter:
+        groups.pop("inner", None)
+    return {group: tuple(names) for group, names in groups.items()}
 
 
-def _ends(target: Target) -> set[str]:
+def _ends(target: Target) -> dict[str, str]:
+    """What the names of parameters begin with at either end of a language model."""
     if isinstance(target, DualEncoderTarget):
-        return set()
+        return {}
     plain = target.plain
-    ends = [plain.get_input_embeddings(), plain.get_output_embeddings()]
-    weights = [each.weight for each in ends if each is not None]
+    modules = {"head": plain.get_output_embeddings(), "embedding": plain.get_input_embeddings()}
     return {
-        f"{name}.weight"
-        for name, module in plain.named_modules()
-        if any(getattr(module, "weight", None) is weight for weight in weights)
+        end: f"{name}."
+        for end, own in modules.items()
+        for name, module in target.model.named_modules()
+        if module is own
     }
 
 
