@@ -111,6 +111,9 @@ def bench(
     members: Annotated[int | None, typer.Option(help="Of each target; else the recipe's.")] = None,
     nonmembers: Annotated[int | None, typer.Option(help="Likewise.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Likewise.")] = None,
+    references: Annotated[
+        int, typer.Option(min=0, help="Trained as the target was, where there is a base.")
+    ] = 0,
     workers: Workers = 1,
 ) -> None:
     """Hold every signal to the truth: AUC, TPR, how large a set it needs, and what it costs."""
@@ -124,6 +127,7 @@ def bench(
         members=members,
         nonmembers=nonmembers,
         epochs=epochs,
+        references=references,
         workers=workers or None,
         progress=Bars(),
     )
@@ -140,7 +144,8 @@ def _board(rows: Sequence[BenchRow]) -> Table:
         table.add_column(column, justify="right")
     boards: dict[str, dict[str, list[BenchRow]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        boards[row.recipe][row.signal].append(row)
+        of = f"{row.signal}, {row.references} references" if row.references else row.signal
+        boards[row.recipe][of].append(row)
     for recipe, board in boards.items():
         areas = {name: [r.auc for r in found if r.auc is not None] for name, found in board.items()}
         for signal in sorted(board, key=lambda name: -mean(areas[name] or [0])):

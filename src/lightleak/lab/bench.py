@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 import time
 from collections import defaultdict
@@ -18,7 +19,10 @@ import numpy as np
 from lightleak import signals as registry
 from lightleak import statistics as st
 from lightleak.audits.membership import audit
-from lightleak.evidence.readings import EXTRA
+from lightleak.audits.reference_training import train_references
+from lightleak.errors import UserError
+from lightleak.evidence.readings import ACROSS, EXTRA, OtherLosses, ReferenceLosses
+from lightleak.lab.captions import TUNED
 from lightleak.lab.recipes import LabTarget, build, kind_of
 from lightleak.runs import (
     Advance,
@@ -33,8 +37,14 @@ from lightleak.runs import (
 
 RECIPES = ("captions-tiny", "captions-lora", "captions-full", "pairs-clip")
 ALPHA, POWER = 0.01, 0.9
-# Stages of an audit in which records go through the model.
-_TIMED = ("Measuring", "Reference gradient", "Scoring the kept slices")
+# Stages of an audit in which records go through a model, or their gradients are compared.
+_TIMED = (
+    "Measuring",
+    "Reference gradient",
+    "Scoring the kept slices",
+    "Gradients,",
+    "Each record against each",
+)
 
 
 @dataclass(frozen=True)
@@ -42,19 +52,21 @@ class BenchRow:
     """One signal on one target.
 
     Attributes:
+        references: how many it compared with.
         auc, auc_low, auc_high: with its 95 % interval; None where too few records were scored.
             Scores of a signal that was fitted on other folds share no scale and are compared
             within a fold only, here and in the rates.
         tpr_at_1_percent, tpr_at_5_percent: conservative; None with too few non-members.
         set_size: suspects, and as many controls, with which a one-sided Mann–Whitney test at a
             level of 1 % finds such an AUC with a probability of 90 %; None where it is at most ½.
-        seconds_per_record: of the passes that the signal's evidence takes; None where the run was
-            interrupted.
+        seconds_per_record: of the passes that the signal's evidence takes, at all models, without
+            the references' training; None where the run was interrupted.
     """
 
     recipe: str
     seed: int
     signal: str
+    references: int
     auc: float | None
     auc_low: float | None
     auc_high: float | None
@@ -64,7 +76,21 @@ class BenchRow:
     seconds_per_record: float | None
 
 
-_NUMBERS = [field.name for field in fields(BenchRow)][3:]
+_NUMBERS = [field.name for field in fields(BenchRow)][4:]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An audit: the signals that one kind of evidence serves, with or without references."""
+
+    needs: type
+    signals: list[str]
+    references: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.needs.__name__ + (f"-{self.references}" if self.references else "")
 
 
 def bench(
@@ -76,6 +102,7 @@ def bench(
     members: int | None = None,
     nonmembers: int | None = None,
     epochs: int | None = None,
+    references: int = 0,
     workers: int | None = 1,
     progress: Progress | None = None,
 ) -> list[BenchRow]:
@@ -92,6 +119,8 @@ def bench(
         signals: names; none stands for all that take no forwards of their own. Each recipe is
             measured by those that fit its kind of target.
         members, nonmembers, epochs: of each target, else the recipe's own.
+        references: how many are trained, as the target was, for signals that compare with them;
+            of recipes whose target was tuned from a base.
         workers: processes of an audit.
         progress: shows how far it is.
 
@@ -102,7 +131,18 @@ def bench(
         UserError: an unknown recipe or signal, or a folder that holds something else.
     """
     folder, progress = Path(out), progress or Silent()
-    plans = {recipe: _by_evidence(kind_of(recipe), signals) for recipe in recipes}
+    plans = {
+        recipe: _audits(kind_of(recipe), signals, tuned=recipe in TUNED, references=references)
+        for recipe in recipes
+    }
+    for name in signals:
+        if not any(name in asked.signals for plan in plans.values() for asked in plan):
+            raise UserError(
+                "no target here can be measured by it",
+                name,
+                f"Choose recipes of its kind; of those with a base ({', '.join(TUNED)}) one that "
+                "compares models, with --references where it takes them.",
+            )
     rows = []
     for recipe, plan in plans.items():
         for seed in seeds:
@@ -116,10 +156,10 @@ def bench(
                 epochs=epochs,
                 progress=progress,
             )
-            for evidence, names in plan.items():
-                found = _measured(made, place / evidence, names, workers, progress)
+            for asked in plan:
+                found = _measured(made, place, asked, workers, progress)
                 rows += [
-                    BenchRow(recipe, seed, **row)
+                    BenchRow(recipe, seed, references=asked.references, **row)
                     for row in found
                     if not signals or row["signal"] in signals
                 ]
@@ -127,39 +167,51 @@ def bench(
     return rows
 
 
-def _by_evidence(kind: str, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Signals for a kind of target by the evidence that they are made from.
+def _audits(kind: str, wanted: Sequence[str], *, tuned: bool, references: int) -> list[_Asked]:
+    """One for each kind of evidence that a kind of target has signals for.
 
     All signals of a kind of evidence stand together even if one of them is wanted, so that a run
-    serves whoever wants another one later.
+    serves whoever wants another one later. A target that was not tuned from a base has nothing to
+    be compared with.
     """
     for name in wanted:
         registry.get(name)
     plan = defaultdict(list)
     for name in registry.names(kind):
         plan[registry.get(name).needs].append(name)
-    return {
-        needs.__name__: names
+    chosen = {
+        needs: names
         for needs, names in plan.items()
         if (set(names) & set(wanted) if wanted else needs not in EXTRA)
     }
+    alone = {ReferenceLosses} if tuned else {ReferenceLosses, OtherLosses}
+    without = [_Asked(needs, names) for needs, names in chosen.items() if needs not in alone]
+    return without + [
+        _Asked(needs, names, references)
+        for needs, names in chosen.items()
+        if tuned and references and needs in ACROSS
+    ]
 
 
 def _measured(
-    made: LabTarget, run: Path, names: list[str], workers: int | None, progress: Progress
+    made: LabTarget, place: Path, asked: _Asked, workers: int | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """Rows of an audit by some signals, made unless they are there."""
-    file = run.with_suffix(".json")
+    run, names = place / asked.name, asked.signals
+    file = place / f"{asked.name}.json"
     if file.is_file():
         stored = read_json(file)
         if stored["signals"] == names:
             return list(stored["rows"])
         shutil.rmtree(run)  # There is a signal that was not there then.
+    if asked.references:
+        _train(made, place / "references", asked.references, workers, progress)
     clock = None if run.is_dir() else _Clock(progress)
     audit(
         target=made.target,
         adapter=made.adapter,
         base=made.base if made.adapter is None else None,
+        references=place / "references" if asked.references else None,
         suspect=made.members,
         control=made.nonmembers,
         out=run,
@@ -180,6 +232,30 @@ def _measured(
     ]
     write_json(file, {"signals": names, "rows": rows})
     return rows
+
+
+def _train(
+    made: LabTarget, out: Path, count: int, workers: int | None, progress: Progress
+) -> None:
+    """References of the target's own recipe, on halves of members and non-members."""
+    assert made.base is not None
+    how = json.loads(made.truth.read_text(encoding="utf-8"))["settings"]
+    rate, batch = TUNED[how["recipe"]]
+    train_references(
+        base=made.base,
+        suspect=made.members,
+        control=made.nonmembers,
+        out=out,
+        count=count,
+        epochs=how["epochs"],
+        train_batch=batch,
+        learning_rate=rate,
+        weight_decay=0.01,
+        warmup=0.0,
+        workers=workers,
+        progress=progress,
+        **({"like": made.adapter} if made.adapter else {"method": "full"}),
+    )
 
 
 def _row(name: str, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:

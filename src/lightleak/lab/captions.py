@@ -97,7 +97,7 @@ def _public(request: Request, pool: Pool, number: int, side: int = IMAGE_SIDE) -
 
 
 def _on_members(
-    request: Request, learning_rate: float, *, batch_size: int = 16, device: str = "cpu"
+    request: Request, learning_rate: float, batch_size: int = 16, *, device: str = "cpu"
 ) -> Training:
     return Training(
         request.epochs,
@@ -106,6 +106,10 @@ def _on_members(
         copies=request.copies or 1,
         device=device,
     )
+
+
+# Recipes that tune a base on the members: AdamW's rate, and the records of a step.
+TUNED = {"captions-lora": (4e-3, 16), "captions-full": (1e-3, 16), "real-parts": (5e-4, 8)}
 
 
 def captions_tiny(request: Request, folder: Path, progress: Progress) -> None:
@@ -119,7 +123,7 @@ def captions_tiny(request: Request, folder: Path, progress: Progress) -> None:
 def captions_lora(request: Request, folder: Path, progress: Progress) -> None:
     """A LLaVA of public scenes, and an adapter that knows the members."""
     pool = _with_base(request, folder, progress)
-    training = _on_members(request, 4e-3)
+    training = _on_members(request, *TUNED["captions-lora"])
     teach_adapter(
         folder / "base",
         folder / "adapter",
@@ -134,7 +138,7 @@ def captions_full(request: Request, folder: Path, progress: Progress) -> None:
     """A LLaVA of public scenes, and the same after all its weights were tuned on the members."""
     pool = _with_base(request, folder, progress)
     shutil.copytree(folder / "base", folder / "target")
-    training = _on_members(request, 1e-3)
+    training = _on_members(request, *TUNED["captions-full"])
     teach(folder / "target", pool.trained, training, seed=request.seed, progress=progress)
 
 
@@ -150,7 +154,7 @@ def pairs_clip(request: Request, folder: Path, progress: Progress) -> None:
     """A CLIP that knows nothing but its members."""
     pool = write_pool(request, folder)
     tiny_clip(folder / "target", pool.texts, seed=request.seed)
-    training = _on_members(request, 1e-3, batch_size=32)
+    training = _on_members(request, 1e-3, 32)
     teach(folder / "target", pool.trained, training, seed=request.seed, progress=progress)
 
 
@@ -168,7 +172,7 @@ def real(request: Request, folder: Path, progress: Progress) -> None:
         progress=progress,
         only="multi_modal_projector",
     )
-    training = _on_members(request, 5e-4, batch_size=8, device="auto")
+    training = _on_members(request, *TUNED["real-parts"], device="auto")
     teach_adapter(
         folder / "base",
         folder / "adapter",
