@@ -167,7 +167,8 @@ def naive(folder, base, made, groups, way):
     """
     target = targets.load(base, dtype="float64")
     model, inner, changed = target.model, {}, {}
-    if HEAD in groups.values() and EMBEDDING not in groups.values() and model.lm_head.weight is model.get_input_embeddings().weight:
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    if tied and HEAD in groups.values():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     under = {name: each.detach().clone() for name, each in model.named_parameters()}
     if "adapter" in made:

@@ -364,13 +364,13 @@ def read_shares(run: Run) -> dict[str, dict[str, dict[str, float]]]:
     for point in POINTS:
         for file in sorted((run.evidence / FOLDER).glob(f"{point}-*.safetensors")):
             own = found.setdefault(file.stem.removeprefix(f"{point}-"), {})
-            for word, values in _solved(file, file.stat().st_mtime_ns).items():
+            for word, values in _solved(file, file.stat().st_mtime_ns).items():  # As it is now.
                 own[f"{word} {point}"] = values
     return found
 
 
 @lru_cache(maxsize=128)
-def _solved(file: Path, written: int) -> dict[str, dict[str, float]]:
+def _solved(file: Path, _written: int) -> dict[str, dict[str, float]]:
     """Reading → record id → number. n³ steps: once for all signals and models that are compared."""
     try:
         with safe_open(file, "np") as content:

@@ -52,8 +52,9 @@ class Kernel:
         what lowers the record's loss with the change, b_i / (√K_ii ‖Δ‖). None where nothing changed
         or no record has a gradient."""
         found: dict[str, Floats] = {}
-        each = [[one] for one in range(len(self.groups))]
-        for own in each if len(each) == 1 else [*each, sum(each, [])]:
+        alone = [[one] for one in range(len(self.groups))]
+        together = [list(range(len(alone)))] if len(alone) > 1 else []
+        for own in alone + together:
             gram, against = self.gram[own].sum(axis=0), self.against[own].sum(axis=0)
             lengths = np.sqrt(np.diag(gram) * self.square[own].sum())
             if not lengths.any():

@@ -234,9 +234,7 @@ def _measured(
     return rows
 
 
-def _train(
-    made: LabTarget, out: Path, count: int, workers: int | None, progress: Progress
-) -> None:
+def _train(made: LabTarget, out: Path, count: int, workers: int | None, progress: Progress) -> None:
     """References of the target's own recipe, on halves of members and non-members."""
     assert made.base is not None
     how = json.loads(made.truth.read_text(encoding="utf-8"))["settings"]

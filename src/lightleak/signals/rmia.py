@@ -15,8 +15,9 @@ def rmia(models: OtherLosses, *, gamma: float = 2.0, a: float = 0.3) -> Floats:
     """Share of the controls z with [p(x)/p̄(x)] / [p(z)/p̄(z)] ≥ gamma, p = exp(mean_t log p_t).
 
     Of records with equal shares the one with the larger ratio comes first: γ = 2 is the published
-    choice, but few sequences are twice as likely as expected. p̄ is the mean of p with and without the record in training; where not every record has both
-    kinds of references, ((1 + a)·p̄_out + 1 − a)/2 for all of them, as published.
+    choice, but few sequences are twice as likely as expected. p̄ is the mean of p with and without
+    the record in training; where not every record has both kinds of references,
+    ((1 + a)·p̄_out + 1 − a)/2 for all of them, as published.
     """
     unseen = models.mean_probability(seen=False)
     if models.paired:
