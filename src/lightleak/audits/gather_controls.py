@@ -11,11 +11,9 @@ import numpy as np
 
 from lightleak import signals
 from lightleak.audits.measure import measure
-from lightleak.audits.models import Model, describe
+from lightleak.audits.models import Model, describe_other
 from lightleak.audits.passes import Pass
-from lightleak.audits.settings import no_control
 from lightleak.audits.sides import Sides, failures_table
-from lightleak.errors import UserError
 from lightleak.records import Failure
 from lightleak.runs import Progress, Run, write_json, write_table
 from lightleak.runs.executors import Executor
@@ -80,16 +78,11 @@ def gather_control_models(
     Raises:
         UserError: a control model cannot be loaded, is of another kind, or is the target.
     """
-    own, chosen = target.description, target.settings
+    chosen = target.settings
     settings = chosen.only([chosen.primary, *chosen.across])
     for name, where in models.items():
         model = Model(settings, where)
-        with progress.stage(f"Loading the {name}", 1) as advance:
-            (other,) = executor.map(describe, [model], advance)
-        if other.kind != own.kind:
-            raise UserError(f"it is a {other.kind} model, and the target a {own.kind} one", where)
-        if other.hashes == own.hashes:
-            raise no_control(name, where)
+        other = describe_other(target.description, name, model, progress, executor)
         folder = run.evidence / name.replace(" ", "-")
         folder.mkdir(exist_ok=True)
         of = Pass(folder, settings, model, other, f"the {name}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from lightleak import records
 from lightleak.audits.gather_shares import gather_shares
 from lightleak.audits.measure import measure
-from lightleak.audits.models import Model, describe
+from lightleak.audits.models import Model, describe_other
 from lightleak.audits.passes import Pass
 from lightleak.audits.reference_models import Reference, read_references
 from lightleak.audits.settings import AuditSettings
@@ -88,10 +88,9 @@ def _note_coverage(asked: Mapping[str, list[str]], sides: Sides, progress: Progr
         return
     if len(asked) < _FEWEST:
         progress.note(f"lira and signature take {_FEWEST} references at least: they score nothing.")
-    among = [len({*ids}) for ids in asked.values()]
     known = {key for ids in asked.values() for key in ids}
     outside = sum(record.id not in known for record in sides.records)
-    if outside and any(among):
+    if known and outside:
         progress.note(
             f"{outside} of {len(sides.records)} records are in no reference: they have no "
             "signature, and lira and rmia compare every record with those that lack it alone."
@@ -128,15 +127,8 @@ def _gather(
     executor: Executor,
     base_hashes: Mapping[str, str] | None = None,
 ) -> None:
-    own, settings = target.description, target.settings
-    with progress.stage(f"Loading the {name}", 1) as advance:
-        (other,) = executor.map(describe, [model], advance)
-    if other.kind != own.kind:
-        raise UserError(
-            f"the {name} is a {other.kind} model, and the target a {own.kind} one", model.name
-        )
-    if other.hashes == own.hashes:
-        raise UserError(f"the {name} is the target itself", model.name)
+    other = describe_other(target.description, name, model, progress, executor)
+    settings = target.settings
     beneath = {key: value for key, value in other.hashes.items() if key != "adapter"}
     if base_hashes is not None and beneath != base_hashes:
         raise UserError(f"the {name} was trained on another base", model.name, "Give its --base.")

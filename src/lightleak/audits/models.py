@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lightleak.audits.settings import TargetSettings
+from lightleak.audits.settings import TargetSettings, no_control
+from lightleak.errors import UserError
+from lightleak.runs import Progress
+from lightleak.runs.executors import Executor
 from lightleak.runs.progress import Advance
 from lightleak.targets import EndpointTarget, Target, base_of, find, without_adapter
 
@@ -112,6 +115,25 @@ class Description:
     device: str
     attention: str
     hashes: Mapping[str, str]
+
+
+def describe_other(
+    own: Description, name: str, model: Model, progress: Progress, executor: Executor
+) -> Description:
+    """Load a model to compare the target with, and tell what it is.
+
+    Raises:
+        UserError: it cannot be loaded, is of another kind, or is the target.
+    """
+    with progress.stage(f"Loading the {name}", 1) as advance:
+        (other,) = executor.map(describe, [model], advance)
+    if other.kind != own.kind:
+        raise UserError(
+            f"the {name} is a {other.kind} model, and the target a {own.kind} one", model.name
+        )
+    if other.hashes == own.hashes:
+        raise no_control(name, model.name)
+    return other
 
 
 def describe(model: Model, advance: Advance) -> Description:

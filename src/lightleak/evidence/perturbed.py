@@ -205,8 +205,12 @@ def corruptions(image: Image.Image, draw: np.random.Generator) -> list[Image.Ima
 
 def random(record: Record, purpose: str, k: int) -> np.random.Generator:
     """Random numbers that belong to a record: the same in every run and process."""
-    digest = sha256(f"{purpose} {k} {record.id}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16]))
+    return np.random.default_rng(seed_of(record.id, purpose, k))
+
+
+def seed_of(key: str, purpose: str, k: int = 0) -> int:
+    """A number of 128 bits that belongs to a record."""
+    return int.from_bytes(sha256(f"{purpose} {k} {key}".encode()).digest()[:16])
 
 
 def _through(

@@ -309,7 +309,7 @@ class ModelReadings:
         mean over references without it."""
         if self.base is not None:
             return self.base[:, 0]
-        return _mean_where(self.reference_losses, ~self.seen)
+        return mean_where(self.reference_losses, ~self.seen)
 
     @property
     def paired(self) -> bool:
@@ -324,7 +324,7 @@ class ModelReadings:
         not; without references, that of the base."""
         if not len(self.references) and self.base is not None and not seen:
             return np.exp(self.base[:, 0])
-        return _mean_where(np.exp(self.reference_losses), self.seen if seen else ~self.seen)
+        return mean_where(np.exp(self.reference_losses), self.seen if seen else ~self.seen)
 
 
 class OtherLosses(ModelReadings):
@@ -335,12 +335,12 @@ class ReferenceLosses(ModelReadings):
     """The losses alone, where there are references."""
 
 
-def _mean_where(values: Floats, chosen: NDArray[np.bool_]) -> Floats:
-    """(n,) mean of the chosen of (k, n) values; NaN where none."""
+def mean_where(values: Floats, chosen: NDArray[np.bool_]) -> Floats:
+    """Mean over the first axis of the chosen finite values, (k, ...); NaN where none."""
     chosen = chosen & np.isfinite(values)
     count = chosen.sum(axis=0)
     total = np.where(chosen, values, 0.0).sum(axis=0)
-    mean: Floats = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+    mean: Floats = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
     return mean
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 from lightleak.evidence.collect import Reader
+from lightleak.evidence.perturbed import seed_of
 from lightleak.records import Record, open_rgb
 from lightleak.targets import (
     ANSWER_TOKENS,
@@ -89,13 +89,13 @@ def draw(
     image = open_rgb(record.image)
     return target.answer(
         [
-            Question(image, record.prompt, temperature, _seed(record.id, k))
+            # Servers take 31 bits.
+            Question(image, record.prompt, temperature, seed_of(record.id, "answer", k) >> 97)
             for k, temperature in enumerate(temperatures)
         ]
     )
 
 
-@torch.no_grad()
 def generate(
     target: GenerativeTarget, encoded: EncodedRecord, temperatures: Sequence[float]
 ) -> list[str]:
@@ -104,32 +104,11 @@ def generate(
     They are drawn together, but with no other record's, by random numbers that follow from the
     record's id: no batch changes them.
     """
-    start = encoded.answer_start
-    prompt = replace(
-        encoded,
-        inputs={
-            name: value[:, :start] if name in encoded.along_tokens else value
-            for name, value in encoded.inputs.items()
-        },
-        n_tokens=start,
-    )
-    batch = target.collate([prompt] * len(temperatures))
-    tokenizer = target.processor.tokenizer
-    ends = target.plain.generation_config.eos_token_id
+    copies = [replace(encoded, id=str(k)) for k in range(len(temperatures))]
+    drawn = _Drawn(temperatures, seed_of(encoded.id, "answer"))
     with quiet():
-        ids: Tensor = target.model.generate(
-            **batch.inputs,
-            generation_config=GenerationConfig(
-                max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,  # The likeliest of scores that carry the randomness already.
-                eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-                pad_token_id=tokenizer.eos_token_id
-                if tokenizer.pad_token_id is None
-                else tokenizer.pad_token_id,
-            ),
-            logits_processor=LogitsProcessorList([_Drawn(temperatures, _seed(encoded.id, 0))]),
-        )
-    texts: list[str] = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+        ids = target.generate(copies, ANSWER_TOKENS, drawn)
+    texts = target.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
@@ -145,8 +124,3 @@ class _Drawn(LogitsProcessor):  # type: ignore[misc]
         noise = torch.empty(scores.shape).exponential_(generator=self._random).log()
         divided = scores.float() / self._temperatures.to(scores.device)
         return divided - noise.to(scores.device)
-
-
-def _seed(key: str, k: int) -> int:
-    """A number that belongs to a record; servers take 31 bits."""
-    return int.from_bytes(sha256(f"answer {k} {key}".encode()).digest()[:4]) >> 1

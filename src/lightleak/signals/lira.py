@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import norm
 
-from lightleak.evidence.readings import Floats, ReferenceLosses
+from lightleak.evidence.readings import Floats, ReferenceLosses, mean_where
 from lightleak.signals.registry import signal
 
 # With fewer references on one side, the paper's variance is that of all records together.
@@ -43,7 +43,7 @@ def _normal(values: Floats, chosen: np.ndarray) -> tuple[Floats, Floats]:
     """Mean (n,) and spread (n,) or (1,) of the chosen of (k, n) values; NaN where there is none."""
     chosen = chosen & np.isfinite(values)
     count = chosen.sum(0)
-    mean = np.where(chosen, values, 0.0).sum(0) / np.where(count, count, np.nan)
+    mean = mean_where(values, chosen)
     squares = np.where(chosen, (values - mean) ** 2, 0.0).sum(0)
     if count.size and count.min() >= _ENOUGH_TO_VARY:
         return mean, np.sqrt(squares / (count - 1))

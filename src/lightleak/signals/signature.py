@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lightleak.evidence.readings import Floats, ModelReadings
+from lightleak.evidence.readings import Floats, ModelReadings, mean_where
 from lightleak.signals.registry import Fit, signal
 
 _FEWEST = 10
@@ -92,18 +92,10 @@ def _standardised(values: Floats) -> Floats:
 
 def _compared(readings: Floats, models: ModelReadings, others: NDArray[np.bool_]) -> Floats:
     """(n, 3d): readings f; f − mean without the record; mean with it − mean without it."""
-    without = _mean(models, others[:, None] & ~models.seen)
-    inside = _mean(models, others[:, None] & models.seen)
+    chosen, seen = others[:, None, None], models.seen[:, :, None]
+    without = mean_where(models.references, chosen & ~seen)
+    inside = mean_where(models.references, chosen & seen)
     return np.hstack([readings, readings - without, inside - without])
-
-
-def _mean(models: ModelReadings, chosen: NDArray[np.bool_]) -> Floats:
-    """(n, d) mean over the chosen references of each record, (k, n); NaN where none."""
-    usable = chosen[:, :, None] & np.isfinite(models.references)
-    count = usable.sum(axis=0)
-    total = np.where(usable, models.references, 0.0).sum(axis=0)
-    mean: Floats = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-    return mean
 
 
 def _learn(features: Floats, members: NDArray[np.bool_], strength: float) -> Pipeline:

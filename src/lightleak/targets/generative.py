@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lightleak.errors import UserError
 from lightleak.records import Record
@@ -254,10 +254,16 @@ class GenerativeTarget(Target):
         }
 
     @torch.no_grad()
-    def generate(self, records: Sequence[EncodedRecord], most: int) -> list[list[int]]:
+    def generate(
+        self,
+        records: Sequence[EncodedRecord],
+        most: int,
+        scores: LogitsProcessor | None = None,
+    ) -> list[list[int]]:
         """The likeliest answer to each record's prompt, token after token: at most so many ids.
 
         Prompts of one length go together, so that none is padded: no batch changes an answer.
+        `scores` may change what is likely.
         """
         alike: dict[object, list[EncodedRecord]] = {}
         for record in map(_prompt_of, records):
@@ -271,7 +277,11 @@ class GenerativeTarget(Target):
         found: dict[str, list[int]] = {}
         for group in alike.values():
             inputs = self.collate(group).inputs
-            ids = self.model.generate(**inputs, generation_config=settings)
+            ids = self.model.generate(
+                **inputs,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([] if scores is None else [scores]),
+            )
             for record, answer in zip(group, ids[:, group[0].n_tokens :].tolist(), strict=True):
                 stop = next((i for i, token in enumerate(answer) if token in stops), len(answer))
                 found[record.id] = answer[: stop + 1]
