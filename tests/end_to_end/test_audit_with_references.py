@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from lightleak.cli import main
 from lightleak.errors import UserError
 from lightleak.records import content_key
 from lightleak.records import load as load_records
+from lightleak.report import report
+from lightleak.report.comparison import compare
 from lightleak.runs import Run, read_json, read_table
+from report.page import Page
 
 COMPARING = ("lira", "ratio", "rmia", "signature")
 
@@ -127,6 +131,34 @@ def test_a_signature_taught_by_references_shares_one_scale_over_all_folds(audite
     assert rates.prevalence is not None
 
 
+def test_verdict_and_report_say_what_it_was_compared_with(audited, lab_lora):
+    verdict, run = audited
+    found = verdict.compared
+    assert (found.references, found.epoch, found.recipe["learning_rate"]) == (4, 3, 4e-3)
+    assert (found.suspects_seen, found.controls_seen, found.records) == (48, 48, 96)
+    assert found.base == str(lab_lora.base)
+    assert found.shares == "made"
+    page = Page(report(run)).text
+    assert "4 reference(s), trained by the auditor on random halves" in page
+    assert "epoch 3 of 3, learning rate 0.004" in page
+    assert "signature learns from the references" in page
+    assert "solved for all of them together without a label" in page
+
+
+def test_a_comparison_of_audits_with_and_without_references_says_so(audited, lab_lora, tmp_path):
+    _, run = audited
+    alone = tmp_path / "alone"
+    asked(lab_lora, alone, signals=("ratio",), negative_controls=False)
+    page = compare([run.folder, alone], tmp_path / "page.html")
+    assert "Not the same other models compared with" in Page(page).text
+    same = compare([alone, copied(alone, tmp_path)], tmp_path / "same.html")
+    assert "Not the same" not in Page(same).text
+
+
+def copied(folder, into):
+    return Path(shutil.copytree(folder, into / "copy"))
+
+
 def test_without_references_the_signature_is_fitted_across_folds_and_the_base_is_still_asked(
     lab_lora, tmp_path
 ):
@@ -135,6 +167,7 @@ def test_without_references_the_signature_is_fitted_across_folds_and_the_base_is
     )
     assert "folds fitted apart" in str(verdict.signals["signature"].tpr_at_fpr_reason)
     assert verdict.signals["ratio"].n_unscorable == 0
+    assert (verdict.compared.references, verdict.compared.recipe) == (0, None)
 
 
 @pytest.mark.parametrize("name", ["lira", "rmia", "ratio"])

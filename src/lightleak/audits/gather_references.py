@@ -59,7 +59,11 @@ def gather_compared(
             each.name: sorted(key for key, content in keys.items() if content in each.members)
             for each in references
         }
-    file, content = run.evidence / ASKED, {"trained on": asked}
+    base = settings.known_base()
+    file = run.evidence / ASKED
+    content: dict[str, object] = {"trained on": asked, "base": base}
+    if references:
+        content |= {"epoch": references[0].epoch, "recipe": dict(references[0].recipe)}
     before = read_json(file)["trained on"] if file.is_file() else asked
     if run.verdict_file.is_file() and before != asked:
         raise UserError(
@@ -70,7 +74,6 @@ def gather_compared(
     if not file.is_file() or before != asked:
         write_json(file, content)
     _note_coverage(asked, sides, progress)
-    base = settings.known_base()
     if base is not None and "base" not in others:
         _gather(run, target, "base", Model(settings, base), sides, progress, executor)
     models: dict[str, Model] = {}

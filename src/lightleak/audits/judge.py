@@ -10,6 +10,7 @@ import pyarrow as pa
 from lightleak import signals
 from lightleak import statistics as st
 from lightleak.audits import judge_controls
+from lightleak.audits.gather_references import ASKED
 from lightleak.audits.set_tests import Residual, SetTests, blind_features, crosses_folds
 from lightleak.audits.settings import AuditSettings
 from lightleak.audits.stored import Compared, Measured, compared, load, score
@@ -19,6 +20,7 @@ from lightleak.runs import Progress, Run, Silent, read_json, read_table, write_j
 from lightleak.validity.verdict import (
     BLIND_PARTS,
     BlindFinding,
+    ComparedFinding,
     Coverage,
     DifferenceFinding,
     DuplicateFinding,
@@ -238,6 +240,7 @@ def _verdict(
         validity=validity,
         prevalence=findings[settings.primary].prevalence,
         dataset_inference=_inference(settings, measured, scores),
+        compared=_compared_with(run, settings, measured),
         coverage=coverage,
         cutoffs=settings.cutoffs,
     )
@@ -303,6 +306,25 @@ def _inference(
         control_p_value=found.control_p_value,
         shuffled_p_value=found.shuffled_p_value,
         signals=names,
+    )
+
+
+def _compared_with(run: Run, settings: AuditSettings, measured: Measured) -> ComparedFinding | None:
+    """What else was asked about the same records."""
+    if not settings.across:
+        return None
+    asked = read_json(run.evidence / ASKED)
+    trained_on = asked["trained on"]
+    seen = np.isin(measured.ids, [key for ids in trained_on.values() for key in ids])
+    return ComparedFinding(
+        base=asked.get("base"),
+        references=len(trained_on),
+        recipe=asked.get("recipe"),
+        epoch=asked.get("epoch"),
+        suspects_seen=int(seen[measured.side == "suspect"].sum()),
+        controls_seen=int(seen[measured.side == "control"].sum()),
+        records=int(measured.audited.sum()),
+        shares=asked.get("shares", "not asked for"),
     )
 
 

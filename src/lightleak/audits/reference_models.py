@@ -29,6 +29,7 @@ class Reference:
         base_hashes: of what it began with.
         members: what it was trained on, by `records.content_key`; it saw nothing else.
         epoch: of its training.
+        recipe: of its training, by the names of `training.FineTuning`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Reference:
     base_hashes: Mapping[str, str]
     members: frozenset[str]
     epoch: int
+    recipe: Mapping[str, Any]
 
 
 class _Strict(BaseModel):
@@ -167,7 +169,8 @@ def read_references(
         members = frozenset(key for key, bits in contents.membership.items() if bits[k] == "1")
         base = contents.base.name if adapter else None
         where, hashes = folder / own.folder, contents.base.hashes
-        found.append(Reference(each.name, where, adapter, base, hashes, members, epoch))
+        recipe = contents.recipe
+        found.append(Reference(each.name, where, adapter, base, hashes, members, epoch, recipe))
     count = len(contents.references)
     if not found:
         raise UserError(

@@ -238,6 +238,22 @@ class ValidityFinding(Part):
         return max(ends, default=0.0 if self.blind_auc_ci95 is None else self.blind_auc_ci95[1])
 
 
+class ComparedFinding(Part):
+    """The other models that signals which compare models asked about the same records."""
+
+    base: str | None = Field(description="what the target was fine-tuned from, where it is known")
+    references: int = Field(description="models of known membership")
+    recipe: dict[str, Any] | None = Field(description="how the references were trained")
+    epoch: int | None = Field(description="of the references' training")
+    suspects_seen: int = Field(description="suspects that some reference was trained on")
+    controls_seen: int
+    records: int = Field(description="suspects and controls")
+    shares: str = Field(
+        description="`made`, or why it was not solved how much of each record is in what "
+        "fine-tuning changed"
+    )
+
+
 class SideCoverage(Part):
     """Records of one side."""
 
@@ -300,6 +316,9 @@ class Verdict(BaseVerdict):
     validity: ValidityFinding
     prevalence: Prevalence | None = Field(description="by the primary signal")
     dataset_inference: InferenceFinding | None
+    compared: ComparedFinding | None = Field(
+        None, description="null where no signal compares models"
+    )
     coverage: Coverage
     cutoffs: Cutoffs
 

@@ -72,6 +72,15 @@ def _calibration(audit: Audit) -> Any:
     }
 
 
+def _compared_with(audit: Audit) -> Any:
+    """Of which kind and how many; not which, as bases differ with their targets."""
+    found = audit.verdict.compared
+    if found is None:
+        return "none"
+    own = found.model_dump(include={"references", "recipe", "epoch", "shares"})
+    return own | {"base": found.base is not None}
+
+
 _ASPECTS = (
     _Aspect(
         "suspects",
@@ -122,6 +131,13 @@ _ASPECTS = (
         _calibration,
         "caution",
         "Estimates and fitted signals rest on them.",
+    ),
+    _Aspect(
+        "other models compared with",
+        _compared_with,
+        "caution",
+        "ratio, lira, rmia and signature are worth what they are compared with: another number of "
+        "references, another recipe, or none, is another measurement.",
     ),
     _Aspect(
         "options of signals",

@@ -469,6 +469,48 @@ def inference(found: InferenceFinding) -> str:
     )
 
 
+def compared_with(verdict: Verdict) -> list[str]:
+    """What signals that compare models were given, and what that is worth."""
+    found = verdict.compared
+    if found is None:
+        return []
+    reads = "signature" in verdict.signals
+    if found.references:
+        how = found.recipe or {}
+        method = "LoRA" if how.get("method") == "lora" else "full fine-tuning"
+        said = [
+            f"{found.references} reference(s), trained by the auditor on random halves of what was "
+            f"given to that ({method}, epoch {found.epoch} of {how.get('epochs', '?')}, learning "
+            f"rate {how.get('learning_rate', '?')}). Of the {found.records:,} audited records "
+            f"{found.suspects_seen:,} suspects and {found.controls_seen:,} controls were learnt by "
+            "some of them."
+        ]
+        if reads:
+            said.append("signature learns from the references: no label of the records enters it.")
+    else:
+        said = ["No references were given: no model of known membership stands behind this."]
+        if reads:
+            said.append(
+                "signature is fitted on suspects and controls of other folds than it scores."
+            )
+    if reads and found.base is None:
+        said.append(
+            "What the target was fine-tuned from is not known: signature has little more power "
+            "than the loss then."
+        )
+    elif reads and found.shares == "made":
+        said.append(
+            "signature also reads how much of each record is in what fine-tuning changed, solved "
+            "for all of them together without a label."
+        )
+    elif reads:
+        said.append(
+            "How much of each record is in what fine-tuning changed was left out, which costs "
+            f"signature most of its power: {found.shares}."
+        )
+    return said
+
+
 def endpoint(servers: Sequence[str]) -> str:
     """What it means that the target only answers."""
     named = (
