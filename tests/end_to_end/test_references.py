@@ -373,10 +373,12 @@ def test_damaged_references_are_said_to_be(given, trained, tmp_path):
     with pytest.raises(UserError, match="not what was trained"):
         read_references(out)
     shutil.rmtree(file.parent)
+    with pytest.raises(UserError, match="is missing"):
+        read_references(out)
     train_references(**given, **RECIPE, count=COUNT, out=out)
     assert same(weights(out), weights(trained)), "only the lost epoch is made again"
     text = (out / "references.json").read_text()
-    for damaged in (text[:-9], text.replace('"version": 1', '"version": 9'), "{}"):
+    for damaged in ("[" * 100_000, text[:-9], text.replace('"version": 1', '"version": 9'), "{}"):
         (out / "references.json").write_text(damaged)
         with pytest.raises(UserError, match=r"damaged|cannot be read"):
             read_references(out)

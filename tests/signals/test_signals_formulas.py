@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from lightleak import signals
+from lightleak.audits.settings import AuditSettings
 from lightleak.errors import UserError
 from lightleak.evidence.readings import GradientNorms, Ragged, TokenStatistics
 
@@ -130,6 +131,15 @@ class TestRegistry:
     def test_a_wrong_assignment_says_what_is_wrong(self, assignment, message):
         with pytest.raises(UserError, match=message):
             signals.parse_options([assignment])
+
+    def test_options_of_a_script_are_checked_like_those_of_a_command(self):
+        asked = {"target": "t", "suspect": "s", "control": "c"}
+        read = AuditSettings.read(**asked, options={"mink": {"k": 1}, "gradaudit": {"q": None}})
+        assert read.options == {"mink": {"k": 1.0}, "gradaudit": {"q": None}}
+        wrongs = [({"mink": {"k": "x"}}, "not a number"), ({"mink": 0.1}, "look like")]
+        for wrong, message in wrongs:
+            with pytest.raises(UserError, match=message):
+                AuditSettings.read(**asked, options=wrong)
 
     def test_every_signal_names_its_source_and_says_what_it_is(self):
         for name in signals.names():

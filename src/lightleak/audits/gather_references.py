@@ -24,12 +24,12 @@ _FEWEST = 4
 
 
 def references_of(settings: AuditSettings, progress: Progress) -> list[Reference]:
-    """The references that the audit was given, if a signal compares with them.
+    """The references that the audit was given.
 
     Raises:
         UserError: they cannot be read.
     """
-    if settings.references is None or not settings.across:
+    if settings.references is None:
         return []
     return read_references(settings.references, settings.reference_epoch, progress=progress)
 
@@ -49,9 +49,9 @@ def gather_compared(
         UserError: a model cannot be loaded, is of another kind, or is the target; or the run was
             judged with other references.
     """
-    settings = target.settings.only(target.settings.across)
-    if not settings.signals:
+    if not target.settings.across:
         return
+    settings = target.settings.only(target.settings.across)
     asked: dict[str, list[str]] = {}
     if references:
         keys = {record.id: records.content_key(record) for record in sides.records}

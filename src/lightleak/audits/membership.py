@@ -72,13 +72,13 @@ def audit(
         target=target, suspect=suspect, control=control, options=options, **settings
     )
     progress = progress or Silent()
-    others = chosen.control_models()  # What is not there is better missed now than after hours.
+    # What is not there is better missed now than after hours.
+    others, references = chosen.control_models(), references_of(chosen, progress)
     run = Run.create(out)
     sides = read_sides(chosen, progress)
     with alone(run.folder), chosen.executor_of() as executor, released():
         of = begin(run.evidence, chosen, sides, progress, executor)
         chosen = of.settings
-        references = references_of(chosen, progress)
         claim(of, sides)
         told = Path(chosen.references or "") / FILE
         files = {"documentation": chosen.documentation, "embeddings": chosen.embeddings}

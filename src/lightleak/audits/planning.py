@@ -203,7 +203,7 @@ def plan(
         target=target, suspect=suspect, control=control, options=options, **settings
     )
     progress = progress or Silent()
-    others = chosen.control_models()
+    others, references = chosen.control_models(), references_of(chosen, progress)
     begun = perf_counter()
     sides = read_sides(chosen, progress)
     with (
@@ -225,7 +225,6 @@ def plan(
             for name, where in others.items():
                 gather_control_models(run, of, {name: where}, sides, Silent(), rehearsal)
                 advance(1)
-            references = references_of(chosen, Silent())
             gather_compared(run, of, others, references, sides, Silent(), rehearsal)
         kept = sum(file.stat().st_size for file in run.evidence.rglob("*") if file.is_file())
         return Forecast(

@@ -160,10 +160,11 @@ def read_references(
     for k, each in finished:
         own = each.epochs[epoch]
         for name, digest in own.sha256.items():
-            if sha256(folder / own.folder / name) != digest:
+            file = folder / own.folder / name
+            if not file.is_file() or sha256(file) != digest:
                 raise UserError(
-                    "it is not what was trained: it was changed or is damaged",
-                    str(folder / own.folder / name),
+                    "it is not what was trained: it was changed, is damaged or is missing",
+                    str(file),
                     "Remove its folder and train the references again: only it is made anew.",
                 )
         members = frozenset(key for key, bits in contents.membership.items() if bits[k] == "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -221,7 +222,11 @@ class AuditSettings(SharedSettings):
     @field_validator("options", mode="before")
     @classmethod
     def _read(cls, options: Any) -> Any:
-        return options if isinstance(options, Mapping) else signals.parse_options(options)
+        if isinstance(options, Mapping):
+            if not all(isinstance(own, Mapping) for own in options.values()):
+                raise ValueError('options of a signal look like {"mink": {"k": 0.1}}')
+            options = [f"{name}.{key}={own[key]}" for name, own in options.items() for key in own]
+        return signals.parse_options(options)
 
     @model_validator(mode="after")
     def _consistent(self) -> AuditSettings:
@@ -355,7 +360,39 @@ class IdentitySettings(TargetSettings):
     cutoffs: IdentityCutoffs = IdentityCutoffs()
 
 
-class ProbingSettings(SharedSettings):
+class TunedSettings(SharedSettings):
+    """Settings of an audit that fine-tunes models itself.
+
+    Attributes:
+        method, vision, epochs, train_batch, learning_rate, weight_decay, warmup, rank: see
+            `training.FineTuning`.
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    vision: bool = False
+    epochs: int = Field(1, ge=1)
+    train_batch: int = Field(12, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    warmup: float = Field(0.01, ge=0, le=1)
+    rank: int | None = Field(FineTuning.rank, ge=1)
+
+    @property
+    def fine_tuning(self) -> FineTuning:
+        """How the models are fine-tuned."""
+        return FineTuning(
+            method=self.method,
+            vision=self.vision,
+            epochs=self.epochs,
+            batch_size=self.train_batch,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            rank=self.rank or FineTuning.rank,
+        )
+
+
+class ProbingSettings(TunedSettings):
     """All that a probe takes.
 
     Attributes:
@@ -393,14 +430,6 @@ class ProbingSettings(SharedSettings):
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     matrices: str = "auto"
     permutations: int = Field(1000, ge=99)
-    method: Literal["lora", "full"] = "lora"
-    vision: bool = False
-    epochs: int = Field(1, ge=1)
-    train_batch: int = Field(12, ge=1)
-    learning_rate: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    warmup: float = Field(0.01, ge=0, le=1)
-    rank: int = Field(16, ge=1)
     position: Position = "random"
     alpha: int = Field(128, ge=0, le=255)
     plate: int = Field(0, ge=0, le=255)
@@ -443,22 +472,8 @@ class ProbingSettings(SharedSettings):
         """How the watermarks look."""
         return Style(alpha=self.alpha, position=self.position, plate=self.plate)
 
-    @property
-    def fine_tuning(self) -> FineTuning:
-        """How the models are fine-tuned."""
-        return FineTuning(
-            method=self.method,
-            vision=self.vision,
-            epochs=self.epochs,
-            batch_size=self.train_batch,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            rank=self.rank,
-        )
 
-
-class ReferenceSettings(SharedSettings):
+class ReferenceSettings(TunedSettings):
     """All that references are trained with; `target` is the base that each begins with.
 
     Attributes:
@@ -467,8 +482,6 @@ class ReferenceSettings(SharedSettings):
         count: how many references; two by two they share the records between them.
         like: an adapter whose shape the references' adapters take.
         keep: epochs that are kept; none stands for the last.
-        method, vision, epochs, train_batch, learning_rate, weight_decay, warmup, rank: see
-            `training.FineTuning`.
     """
 
     suspect: str | None = None
@@ -476,14 +489,7 @@ class ReferenceSettings(SharedSettings):
     train_on: str | None = None
     count: int = Field(8, ge=1, le=256)
     like: str | None = None
-    method: Literal["lora", "full"] = "lora"
-    vision: bool = False
-    epochs: int = Field(1, ge=1)
     keep: tuple[int, ...] = ()
-    train_batch: int = Field(12, ge=1)
-    learning_rate: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    warmup: float = Field(0.01, ge=0, le=1)
     rank: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -510,14 +516,5 @@ class ReferenceSettings(SharedSettings):
         Raises:
             UserError: the adapter of `like` cannot be read.
         """
-        return FineTuning(
-            method=self.method,
-            vision=self.vision,
-            epochs=self.epochs,
-            batch_size=self.train_batch,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            rank=self.rank or FineTuning.rank,
-            adapter=None if self.like is None else shape_of(targets.find(self.like)),
-        )
+        shape = None if self.like is None else shape_of(targets.find(self.like))
+        return replace(super().fine_tuning, adapter=shape)

@@ -360,7 +360,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"it cannot be read ({error})", str(file)) from error
     if not isinstance(content, dict):
         raise UserError("it holds no JSON object", str(file), "Is it damaged?")
