@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from signature import interval
+from pages import put, table
+from signature import interval, told
 
 from lightleak import lab
 from lightleak.lab.bench import RECIPES, BenchRow
@@ -39,7 +40,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "leaderboard.json"
 DOCS = HERE.parent / "docs"
 PAGE, FIGURE = DOCS / "leaderboard.md", DOCS / "images" / "leaderboard.png"
-MARKS = ("<!-- table: benchmarks/leaderboard.py -->", "<!-- end of table -->")
+HEAD = ("signal", "targets", "AUC", "TPR at 1 % FPR", "at 5 % FPR", "suspects needed", "forwards")
 
 Board = dict[str, dict[str, Any]]
 
@@ -95,32 +96,19 @@ def _rank(item: tuple[str, Mapping[str, Any]]) -> tuple[float, ...]:
     return tuple(-own[each]["mean"] if each in own else 1.0 for each in reversed(MEASURES[:2]))
 
 
-def table(boards: Mapping[str, Board]) -> str:
-    """In Markdown, a part a recipe."""
+def tables(boards: Mapping[str, Board]) -> list[str]:
+    """In Markdown, one a recipe."""
     lines = []
     for recipe, own in boards.items():
-        lines += [
-            f"### {recipe}",
-            "",
-            "| signal | targets | AUC | TPR at 1 % FPR | at 5 % FPR | suspects needed | forwards |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        rows = []
         for name, each in own.items():
             cells = [name, str(len(each["by seed"]))]
-            cells += [_told(each.get(measure)) for measure in MEASURES]
+            cells += [told(each.get(measure), 3) for measure in MEASURES]
             size, forwards = each["set size"], each["forwards"]
             cells += ["–" if size is None else f"{size:,.0f}"]
-            cells += ["–" if forwards is None else f"{forwards:.1f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _told(found: Mapping[str, float] | None) -> str:
-    if found is None:
-        return "–"
-    spread = found.get("plus or minus")
-    return f"{found['mean']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+            rows.append([*cells, "–" if forwards is None else f"{forwards:.1f}"])
+        lines += [f"### {recipe}", "", *table(HEAD, rows), ""]
+    return lines
 
 
 def draw(boards: Mapping[str, Board]) -> None:
@@ -148,14 +136,6 @@ def draw(boards: Mapping[str, Board]) -> None:
     sheet.savefig(FIGURE, dpi=110, metadata={"Software": None})
 
 
-def write_page(text: str) -> None:
-    """Put the table between its marks."""
-    begin, end = MARKS
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    PAGE.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, and write results, table and figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
     )
     draw(boards)
-    write_page(table(boards))
+    put(PAGE, "benchmarks/leaderboard.py", tables(boards))
 
 
 if __name__ == "__main__":
