@@ -275,22 +275,11 @@ class Collection:
 
 
 def _make_base(folder: Path, public: list[Any], seed: int) -> None:
-    from transformers import CLIPVisionConfig
-
     from lightleak import targets
-    from lightleak.lab.models import CHAT_TEMPLATE, IMAGE_SIDE, _llava
+    from lightleak.lab.models import CHAT_TEMPLATE, tiny_llava
     from lightleak.lab.train import Training, train
 
-    vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=IMAGE_SIDE,
-        patch_size=8,
-    )
-    texts = [record.text for record in public]
-    _llava(folder, texts, vision, text_layers=2, feature_layer=-2, seed=seed)
+    tiny_llava(folder, [record.text for record in public], text_layers=2, seed=seed)
     base = targets.load(folder, device="cpu", dtype="float32")
     # Role names, spelt letter by letter by so small a tokenizer, were a third of each record.
     short = CHAT_TEMPLATE.replace("{{ message['role'] }}\n", "").replace("assistant\n", "")

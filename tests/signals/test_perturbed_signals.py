@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightleak import signals, targets
+from lightleak.errors import UserError
 from lightleak.evidence import collect, perturbed, sampled
 from lightleak.evidence.collect import BatchSize
 from lightleak.evidence.readings import (
@@ -240,7 +241,7 @@ class TestEvidence:
             try:
                 target.encode(long, open_rgb(long.image))
                 break
-            except Exception:
+            except UserError:
                 long = replace(long, text=long.text[: -len(" kettle and lamp")])
         found = neighbour_losses(measure(target, [long], needs={NeighbourLosses})).neighbours
         assert found.lengths.tolist() == [EXTRA[NeighbourLosses]]

@@ -65,8 +65,8 @@ def train_tokenizer(
     )
 
 
-def tiny_llava(folder: Path, texts: Iterable[str], *, seed: int = 0) -> None:
-    """Write a LLaVA of 1.4 million random parameters that reads 32 px images as 16 tokens."""
+def tiny_llava(folder: Path, texts: Iterable[str], *, text_layers: int = 4, seed: int = 0) -> None:
+    """Write a LLaVA that reads 32 px images as 16 tokens: 1.4 million random parameters."""
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=192,
@@ -75,7 +75,7 @@ def tiny_llava(folder: Path, texts: Iterable[str], *, seed: int = 0) -> None:
         image_size=IMAGE_SIDE,
         patch_size=_PATCH,
     )
-    _llava(folder, texts, vision, text_layers=4, feature_layer=-2, seed=seed)
+    _llava(folder, texts, vision, text_layers=text_layers, feature_layer=-2, seed=seed)
 
 
 def reading_llava(folder: Path, texts: Iterable[str], *, seed: int = 0) -> None:
