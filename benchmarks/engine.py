@@ -9,6 +9,7 @@
 - `memory`: peak memory of one step of each way, each in a fresh process.
 - `workers`: the model half of a whole audit with two processes and with one.
 - `records`: time and memory against the number of records.
+- `signals`: one pass that serves every white-box signal, against a pass for each.
 - `rescore`: from stored evidence of a million records to the scores of each signal.
 - `gpu`: a model of two billion parameters, random weights, bfloat16, 512 tokens.
 
@@ -82,6 +83,9 @@ OURS, OURS_TWO, OURS_MASKED = "lightleak", "lightleak, two references", "lightle
 PUBLIC, PUBLIC_MASKED = "public way", "public way, mask"
 PUBLIC_KEPT = "public way, kept slices alone"
 VMAP, HOOKED = "vmap(grad)", "hooks and einsum"
+
+# Signals of a generative target that need no gradient.
+ONE_FORWARD = ("loss", "zlib", "mink", "minkpp", "quantile", "maxprobgap", "maxrenyi", "modrenyi")
 
 Results = dict[str, Any]
 
@@ -612,6 +616,73 @@ def _write_records(folder: Path, numbers: range) -> None:
     (folder / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
+def measure_signals(repeats: int, quick: bool) -> Results:
+    """What one pass for every signal costs beside what the model does anyway, and a pass for each.
+
+    Signals that compare models take such a pass at each of them. Images are decoded beforehand.
+    """
+    count = 32 if quick else 64
+    records = [_record(i) for i in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_llava(Path(folder) / "model", map(_text, range(100)))
+        target = targets.load(Path(folder) / "model", device="cpu")
+    encoded = collect.encode(target, records).records
+    reader = AnswerReader(("description",))
+    setting = Setting.of(target.model, encoded, "all", "language_model")
+    rows = 0
+
+    def counted(module: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Any]) -> None:
+        nonlocal rows
+        del module, given
+        rows += len(named["input_ids"])
+
+    def forward(*, read: bool) -> None:
+        with torch.no_grad():
+            outputs = setting.target.outputs(setting.batch)
+            if read:
+                reader.rows(records, encoded, outputs)
+            else:
+                outputs.likelihoods()
+
+    def everything() -> None:
+        reader.rows(records, encoded, ours(setting).outputs)
+
+    def one_by_one() -> None:
+        for name in ONE_FORWARD:
+            forward(read="renyi" in name or name == "maxprobgap")
+        with_weights(setting)  # grad_norm
+        ours(setting)  # gradaudit
+
+    alone, read, step = "loss alone", "all token statistics", WEIGHTS
+    together, each = "all white-box signals", "a pass for each"
+    ways = {
+        alone: partial(forward, read=False),
+        read: partial(forward, read=True),
+        step: partial(with_weights, setting),
+        together: everything,
+        each: one_by_one,
+    }
+    seconds = in_turns(ways, repeats)
+    hook = target.model.register_forward_pre_hook(counted, with_kwargs=True)
+    everything()
+    hook.remove()
+    return {
+        "model": "the lab's tiny LLaVA, 1.4 million parameters; gradients of its language model",
+        "records": count,
+        "milliseconds a record": {name: spread(own, 1e3 / count) for name, own in seconds.items()},
+        "all token statistics / loss alone": ratio(seconds, read, alone),
+        "all white-box signals / forward and backward with weight gradients": ratio(
+            seconds, together, step
+        ),
+        "goals": {
+            "forwards a record for all white-box signals": goal(rows / count, at_most=1),
+            "a pass for each signal / one for all": goal(
+                ratio(seconds, each, together), at_least=3
+            ),
+        },
+    }
+
+
 def measure_rescore(repeats: int, quick: bool) -> Results:
     """From stored evidence to scores: reading, once for all signals, and each signal."""
     n, limit = 1_000_000, AuditSettings.model_fields["evidence_limit"].default * 1e9
@@ -815,6 +886,7 @@ PARTS: dict[str, Callable[[int, bool], Results]] = {
     "memory": measure_memory,
     "workers": measure_workers,
     "records": measure_records,
+    "signals": measure_signals,
     "rescore": measure_rescore,
     "gpu": measure_gpu,
 }

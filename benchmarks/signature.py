@@ -781,9 +781,9 @@ def main() -> None:
         if not given.evaluate_only:
             collection = Collection(folder, seed, given.side)
             for recipe in TARGETS:
-                count = given.references if recipe in WRONG else 0
-                collection.collect(recipe, ["target", *(f"ref{i}" for i in range(count))])
-                if count and recipe in WRONG:
+                roles = [f"ref{i}" for i in range(given.references)]
+                collection.collect(recipe, ["target", *roles])
+                if roles and recipe in WRONG:
                     collection.collect(WRONG[recipe], [f"ref{i}" for i in range(4)])
         for recipe in TARGETS:
             if not complete(folder, recipe, ["target"]):
