@@ -13,7 +13,18 @@ import typer
 from lightleak.cli.config import Config
 from lightleak.cli.console import Bars, errors, show
 from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
-from lightleak.cli.workers import Executor, RayAddress, Where, Workers
+from lightleak.cli.options import (
+    AllowOutside,
+    AllowPickle,
+    Device,
+    Dtype,
+    Executor,
+    RayAddress,
+    Strict,
+    TrustRemoteCode,
+    Where,
+    Workers,
+)
 from lightleak.errors import UserError
 
 
@@ -126,10 +137,8 @@ def audit(
     alpha: Annotated[float, typer.Option(help="Level of the test that counts.")] = 0.01,
     folds: Annotated[int, typer.Option(help="Parts that fitted signals cross.")] = 2,
     seed: Annotated[int, typer.Option(help="Of folds, resampling and permutations.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     batch_size: Annotated[
         str, typer.Option(help="auto, or how many records go through at once.")
     ] = "auto",
@@ -143,19 +152,10 @@ def audit(
         bool,
         typer.Option("--drop-duplicates", help="Leave out records that stand on both sides."),
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")
-    ] = False,
-    allow_outside: Annotated[
-        bool,
-        typer.Option("--allow-outside", help="Let images lie outside the records' folder."),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint carries.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
-    ] = False,
+    strict: Strict = False,
+    allow_outside: AllowOutside = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     fail_if: FailIf = None,
     junit: JUnit = None,
     sarif: Sarif = None,

@@ -12,6 +12,7 @@ import typer
 from lightleak.cli.config import Config
 from lightleak.cli.console import Bars, errors, show_people
 from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
+from lightleak.cli.options import AllowOutside, AllowPickle, Device, Dtype, Strict, TrustRemoteCode
 
 
 class Design(StrEnum):
@@ -75,21 +76,15 @@ def identify(
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on the target.")] = None,
     base: Annotated[str | None, typer.Option(help="Base of an adapter given as target.")] = None,
     seed: Annotated[int, typer.Option(help="Of decoys and subsets.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float64, bfloat16, float16.")] = "auto",
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad photo.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    strict: Strict = False,
     show_images: Annotated[
         bool, typer.Option("--show-images", help="Show faces in the report; else blurred.")
     ] = False,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Follow links out of the folder of people.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint carries.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
-    ] = False,
+    allow_outside: AllowOutside = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     fail_if: FailIf = None,
     junit: JUnit = None,
     sarif: Sarif = None,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lightleak.cli.config import numbers
 from lightleak.cli.console import Bars, output
-from lightleak.cli.workers import Workers
+from lightleak.cli.options import Workers
 
 if TYPE_CHECKING:
     from lightleak.lab import BenchRow, LabTarget

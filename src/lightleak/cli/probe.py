@@ -12,7 +12,18 @@ import typer
 from lightleak.cli.config import Config, numbers
 from lightleak.cli.console import Bars, errors, show_probe
 from lightleak.cli.gate import FailIf, JUnit, Sarif, finish, parse
-from lightleak.cli.workers import Executor, RayAddress, Where, Workers
+from lightleak.cli.options import (
+    AllowOutside,
+    AllowPickle,
+    Device,
+    Dtype,
+    Executor,
+    RayAddress,
+    Strict,
+    TrustRemoteCode,
+    Where,
+    Workers,
+)
 from lightleak.errors import UserError
 
 
@@ -119,24 +130,18 @@ def probe(
         float, typer.Option("--level", help="Level of the test that counts.")
     ] = 0.05,
     seed: Annotated[int, typer.Option(help="Of personas, places, order and labellings.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float64, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     batch_size: Annotated[
         int | None, typer.Option(help="Records read at once; by tokens if not given.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad record.")] = False,
+    strict: Strict = False,
     show_images: Annotated[
         bool, typer.Option("--show-images", help="Show a watermarked image in the report.")
     ] = False,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Follow image paths out of their folder.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint carries.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
-    ] = False,
+    allow_outside: AllowOutside = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     fail_if: FailIf = None,
     junit: JUnit = None,
     sarif: Sarif = None,

@@ -9,9 +9,20 @@ import typer
 
 from lightleak.cli.config import Config
 from lightleak.cli.console import Bars, output
+from lightleak.cli.options import (
+    AllowOutside,
+    AllowPickle,
+    Device,
+    Dtype,
+    Executor,
+    RayAddress,
+    Strict,
+    TrustRemoteCode,
+    Where,
+    Workers,
+)
 from lightleak.cli.plan import duration, size
 from lightleak.cli.probe import Method, whole
-from lightleak.cli.workers import Executor, RayAddress, Where, Workers
 
 if TYPE_CHECKING:
     from lightleak.audits.reference_training import Estimate
@@ -61,21 +72,15 @@ def train(
     executor: Executor = Where.LOCAL,
     ray_address: RayAddress = None,
     seed: Annotated[int, typer.Option(help="Of halves, order and adapters.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float64, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what it takes, and leave nothing behind.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad record.")] = False,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Follow image paths out of their folder.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint carries.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
-    ] = False,
+    strict: Strict = False,
+    allow_outside: AllowOutside = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     config: Config = None,
 ) -> None:
     """Fine-tune the base several times, each time on a random half of suspects and controls.

@@ -1,4 +1,4 @@
-"""The options of every command whose work can be shared among processes."""
+"""Options that several commands take alike."""
 
 from __future__ import annotations
 
@@ -29,4 +29,16 @@ Executor = Annotated[
 RayAddress = Annotated[
     str | None,
     typer.Option(help="Ray cluster to join; else RAY_ADDRESS, else one is started here."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float64, bfloat16, float16.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad record or photo.")]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Follow image paths and links out of their folder.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint carries.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load weights that are not safetensors.")
 ]
