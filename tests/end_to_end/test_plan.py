@@ -115,6 +115,19 @@ def test_a_signal_that_is_fitted_needs_more_and_is_not_shuffled(asked, audited):
     assert told.power.min_detectable_auc > audited[0].validity.power.min_detectable_auc
 
 
+def test_gradients_held_against_each_other_grow_as_the_square_of_the_records(asked, tmp_path):
+    chosen = {**asked, "signals": ("signature",), "negative_controls": False}
+    forecast, run = lightleak.plan(**chosen), tmp_path / "run"
+    lightleak.audit(**chosen, out=run)
+    made = [step for step in forecast.steps if step.what == "each record against each"]
+    written = list((run / "evidence" / "shares").glob("*-target.safetensors"))
+    assert len(made) == len(written) == 3
+    for step, file in zip(made, written, strict=True):
+        assert step.records == 2 * SIDE
+        assert step.evidence_bytes == pytest.approx(file.stat().st_size, rel=0.1)
+    assert forecast.evidence_bytes == pytest.approx(size(run / "evidence"), rel=0.25)
+
+
 def test_the_time_told_grows_with_the_records_and_falls_with_the_processes(forecast):
     for step in forecast.steps:
         work = step.seconds(1) - step.opening_seconds

@@ -6,6 +6,7 @@ in a folder that is thrown away; the rest is counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,6 +16,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from lightleak import statistics as st
 from lightleak.audits import judge
@@ -22,7 +24,7 @@ from lightleak.audits.calibration import Scoring, score_shard
 from lightleak.audits.gather import gather
 from lightleak.audits.gather_controls import gather_control_models, gather_shuffled
 from lightleak.audits.gather_references import gather_compared, references_of
-from lightleak.audits.gather_shares import Slab, take_gradients
+from lightleak.audits.gather_shares import Product, Slab, multiply, take_gradients
 from lightleak.audits.measure import Shard, measure_shard
 from lightleak.audits.models import released
 from lightleak.audits.passes import begin, open_pass
@@ -44,6 +46,8 @@ from lightleak.validity.verdict import Design, Finding, SignalFinding, Tier, dec
 _SECONDS, _FEWEST, _MOST = 10.0, 8, 64
 # Records done before the clock is read, which open and choose what all others use.
 _FIRST = 2
+# Records, and numbers of each, by which products of gradients are timed.
+_PRODUCT = (256, 65_536)
 _AREAS = (0.55, 0.60, 0.70)
 _DESIGNS: tuple[Design, ...] = ("randomised", "held-out", "observational")
 
@@ -333,6 +337,8 @@ class _Rehearsal:
         results: list[Result] = []
         if perform in _STEPS:
             self._try(cast(Any, perform), cast(Any, jobs))
+        elif perform is multiply:
+            self._multiply(cast(Product, jobs[0]))
         else:
             results = self._executor.map(perform, jobs, advance)
             self._opening += perf_counter() - begun
@@ -362,6 +368,29 @@ class _Rehearsal:
                 timing.seconds_a_write * writes / len(jobs),
                 0 if passing else size,
                 size if passing else 0,
+            )
+        )
+        self._opening = 0.0
+
+    def _multiply(self, job: Product) -> None:
+        """K of all records, which grows as their number squared; here it is made of a few."""
+        before = _size(job.of.folder)
+        self._executor.map(multiply, [job])
+        self.tried += _size(job.of.folder) - before
+        (seconds,) = self._executor.map(clock_product, [job])
+        records = self.steps[-1].records  # Of the gradients that it is made of.
+        self.steps.append(
+            Step(
+                job.of.of,
+                "each record against each",
+                records,
+                1,
+                _PRODUCT[0],
+                self._opening,
+                records * sum(map(math.prod, job.reading.shapes.values())) * seconds,
+                0.0,
+                4 * len(job.reading.groups) * records**2,
+                0,
             )
         )
         self._opening = 0.0
@@ -428,6 +457,15 @@ def clock(trial: Trial, advance: Advance) -> Timing:
         a_record,
         many,
     )
+
+
+def clock_product(job: Product, advance: Advance) -> float:
+    """Seconds that one number of one record's gradient takes against another record's."""
+    del advance
+    gradients = torch.ones(_PRODUCT, device=job.of.description.device)
+    begun = perf_counter()
+    (gradients @ gradients.T).cpu()
+    return (perf_counter() - begun) / (_PRODUCT[0] * gradients.numel())
 
 
 def gauge(shard: Shard, advance: Advance) -> Memory:
