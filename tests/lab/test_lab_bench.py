@@ -81,9 +81,38 @@ def test_each_recipe_is_measured_by_the_signals_of_its_kind(tmp_path: Path) -> N
     assert any(line.split()[:2] == ["pairs-clip", "cosine"] for line in done.output.splitlines())
 
 
+def test_tuned_targets_are_audited_again_with_references_of_their_own_recipe(
+    tmp_path: Path,
+) -> None:
+    rows = bench(
+        tmp_path,
+        recipes=["captions-tiny", "captions-lora"],
+        seeds=[0],
+        signals=["loss", "lira", "ratio"],
+        references=4,
+        **(_SMALL | {"epochs": 2}),
+    )
+    found = [(row.recipe, row.signal, row.references) for row in rows]
+    assert sorted(found) == [
+        ("captions-lora", "lira", 4),
+        ("captions-lora", "loss", 0),
+        ("captions-lora", "ratio", 0),
+        ("captions-lora", "ratio", 4),
+        ("captions-tiny", "loss", 0),
+    ]
+    assert all(row.auc is not None for row in rows)
+    told = json.loads((tmp_path / "captions-lora-0" / "references" / "references.json").read_text())
+    assert len(told["references"]) == 4
+    assert told["recipe"]["epochs"] == 2
+    assert told["recipe"]["learning_rate"] == 4e-3
+    assert told["recipe"]["adapter"]["r"] == 16
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"signals": ["lira"], "recipes": ["captions-lora"]}, "lira: no target here"),
+        ({"signals": ["ratio"], "recipes": ["captions-tiny"]}, "ratio: no target here"),
         ({"recipes": ["faces"]}, "people; see lightleak identify"),
         ({"recipes": ["captions"]}, "unknown recipe"),
         ({"signals": ["los"]}, "no such signal.*loss"),
