@@ -702,7 +702,7 @@ def tell(results: dict[str, Any]) -> list[str]:
         [case, str(each["audits"]), *(f"{each[key]:.3f}" for key in keys)]
         for case, each in results["null audits"].items()
     ]
-    lines += ["", "False alarms, in audits of records that the target never saw:", ""]
+    lines += ["", "False alarms, where none of those called suspects was trained on:", ""]
     lines += table(head, nulls)
     head = ("signature", "targets", "TPR at 1 % FPR", "÷ best published (asked)")
     against = [[case, *compared(rows, case, *asked)] for case, asked in ASKED.items()]
@@ -768,7 +768,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5, 6, 7])
     parser.add_argument("--side", type=int, default=SIDE, help="members, and non-members")
     parser.add_argument("--references", type=int, default=8, help="of the right recipe, 0 to 8")
-    parser.add_argument("--nulls", type=int, default=50, help="null audits a target")
+    parser.add_argument("--nulls", type=int, default=20, help="null audits a target")
     parser.add_argument("--evaluate-only", action="store_true", help="take what the cache holds")
     parser.add_argument("--quick", action="store_true", help="little of everything; writes nothing")
     given = parser.parse_args()

@@ -131,6 +131,7 @@ def gather_shares(
                 (reading,) = executor.map(look, [given], advance)
             why_not = reading if isinstance(reading, str) else _too_much(reading, sides, settings)
             if why_not or isinstance(reading, str):
+                _change_file(folder, name).unlink(missing_ok=True)
                 progress.note(f"No shares, {name}: {why_not}.")
                 return str(why_not)
             for point in points:

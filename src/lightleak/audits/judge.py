@@ -317,7 +317,7 @@ def _compared_with(run: Run, settings: AuditSettings, measured: Measured) -> Com
     trained_on = asked["trained on"]
     seen = np.isin(measured.ids, [key for ids in trained_on.values() for key in ids])
     return ComparedFinding(
-        base=asked.get("base"),
+        base=asked.get("base", settings.known_base()),
         references=len(trained_on),
         recipe=asked.get("recipe"),
         epoch=asked.get("epoch"),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lightleak.audits.settings import TargetSettings, no_control
+from lightleak.audits.settings import TargetSettings
 from lightleak.errors import UserError
 from lightleak.runs import Progress
 from lightleak.runs.executors import Executor
@@ -132,7 +132,11 @@ def describe_other(
             f"the {name} is a {other.kind} model, and the target a {own.kind} one", model.name
         )
     if other.hashes == own.hashes:
-        raise no_control(name, model.name)
+        raise UserError(
+            f"the {name} is the target itself: there is nothing to compare",
+            model.name,
+            "Give another model.",
+        )
     return other
 
 

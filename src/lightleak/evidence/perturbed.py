@@ -209,8 +209,8 @@ def random(record: Record, purpose: str, k: int) -> np.random.Generator:
 
 
 def seed_of(key: str, purpose: str, k: int = 0) -> int:
-    """A number of 128 bits that belongs to a record."""
-    return int.from_bytes(sha256(f"{purpose} {k} {key}".encode()).digest()[:16])
+    """A number that belongs to a record, of 31 bits: more are not taken everywhere."""
+    return int.from_bytes(sha256(f"{purpose} {k} {key}".encode()).digest()[:4]) >> 1
 
 
 def _through(

@@ -89,8 +89,7 @@ def draw(
     image = open_rgb(record.image)
     return target.answer(
         [
-            # Servers take 31 bits.
-            Question(image, record.prompt, temperature, seed_of(record.id, "answer", k) >> 97)
+            Question(image, record.prompt, temperature, seed_of(record.id, "answer", k))
             for k, temperature in enumerate(temperatures)
         ]
     )

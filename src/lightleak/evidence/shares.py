@@ -90,7 +90,8 @@ def shares(gram: Floats, against: Floats, ridge: float = RIDGE) -> tuple[Floats,
 def chosen(change: Change) -> dict[str, tuple[str, ...]]:
     """Matrices that changed, by group: `head` (of the output), `embedding` (of tokens), `inner`.
 
-    The inner ones count where it is an adapter that changed them, or where nothing else did.
+    The inner ones count where an adapter that only adds BA to linear layers changed them, or where
+    nothing else changed.
     """
     ends = _ends(change.tuned)
     groups: dict[str, list[str]] = {}

@@ -235,7 +235,7 @@ def _measured(
 
 
 def _train(made: LabTarget, out: Path, count: int, workers: int | None, progress: Progress) -> None:
-    """References of the target's own recipe, on halves of members and non-members."""
+    """References of the target's own recipe, each on half of members and non-members together."""
     assert made.base is not None
     how = json.loads(made.truth.read_text(encoding="utf-8"))["settings"]
     rate, batch = TUNED[how["recipe"]]
@@ -252,7 +252,7 @@ def _train(made: LabTarget, out: Path, count: int, workers: int | None, progress
         warmup=0.0,
         workers=workers,
         progress=progress,
-        **({"like": made.adapter} if made.adapter else {"method": "full"}),
+        **({"like": made.adapter} if made.adapter else {"method": "full", "vision": True}),
     )
 
 

@@ -476,16 +476,20 @@ def compared_with(verdict: Verdict) -> list[str]:
         return []
     reads = "signature" in verdict.signals
     if found.references:
-        how = found.recipe or {}
-        method = "LoRA" if how.get("method") == "lora" else "full fine-tuning"
+        how = ""
+        if found.recipe is not None:
+            method = "LoRA" if found.recipe["method"] == "lora" else "full fine-tuning"
+            how = (
+                f" ({method}, epoch {found.epoch} of {found.recipe['epochs']}, learning rate "
+                f"{found.recipe['learning_rate']:g})"
+            )
         said = [
             f"{found.references} reference(s), trained by the auditor on random halves of what was "
-            f"given to that ({method}, epoch {found.epoch} of {how.get('epochs', '?')}, learning "
-            f"rate {how.get('learning_rate', '?')}). Of the {found.records:,} audited records "
+            f"given to that{how}. Of the {found.records:,} audited records "
             f"{found.suspects_seen:,} suspects and {found.controls_seen:,} controls were learnt by "
             "some of them."
         ]
-        if reads:
+        if reads and verdict.signals["signature"].auc is not None:
             said.append("signature learns from the references: no label of the records enters it.")
     else:
         said = ["No references were given: no model of known membership stands behind this."]
@@ -493,10 +497,11 @@ def compared_with(verdict: Verdict) -> list[str]:
             said.append(
                 "signature is fitted on suspects and controls of other folds than it scores."
             )
+    costs = "much" if found.references else "most"
     if reads and found.base is None:
         said.append(
-            "What the target was fine-tuned from is not known: signature has little more power "
-            "than the loss then."
+            f"What the target was fine-tuned from is not known, which costs signature {costs} of "
+            "its power."
         )
     elif reads and found.shares == "made":
         said.append(
@@ -506,7 +511,7 @@ def compared_with(verdict: Verdict) -> list[str]:
     elif reads:
         said.append(
             "How much of each record is in what fine-tuning changed was left out, which costs "
-            f"signature most of its power: {found.shares}."
+            f"signature {costs} of its power: {found.shares}."
         )
     return said
 
